@@ -1,0 +1,1 @@
+"""Encoders: rows to sparse codes."""

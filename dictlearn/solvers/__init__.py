@@ -1,0 +1,1 @@
+"""Solvers: one algorithm, one file."""

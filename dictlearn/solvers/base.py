@@ -1,0 +1,95 @@
+"""What a solver is."""
+
+from __future__ import annotations
+
+import abc
+from typing import Generic, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from dictlearn.dictionary import Dictionary
+from dictlearn.encoders.base import AbstractEncoder
+
+State = TypeVar("State")
+
+
+class Batch(eqx.Module):
+    """Normalised rows, and the loss gradient at them where a solver needs it."""
+
+    x: Float[Array, "n d"]
+    gradient: Float[Array, "n d"] | None = None
+
+
+class Info(eqx.Module):
+    """What one step tells, the same fields for every solver, all measured before the update.
+
+    `objective` is what the solver minimises on this batch; `fvu` uses the batch's own mean; `dead`
+    counts atoms that have not been used for `dead_after` rows.
+    """
+
+    objective: Float[Array, ""]
+    fvu: Float[Array, ""]
+    l0: Float[Array, ""]
+    dead: Int[Array, ""]
+
+
+class AbstractSolver(eqx.Module, Generic[State]):
+    """Frozen hyperparameters. `step` is pure, and jits its own kernels."""
+
+    n_atoms: eqx.AbstractVar[int]
+    name: eqx.AbstractVar[str]
+
+    @property
+    @abc.abstractmethod
+    def sparsity(self) -> int:
+        """The most nonzeros a row may have."""
+
+    @abc.abstractmethod
+    def init(self, sample: Float[Array, "n d"], *, n_steps: int, key: Key[Array, ""]) -> State:
+        """The state before the first step, from normalised training rows.
+
+        Arguments:
+          n_steps: how many steps there will be, for schedules.
+
+        Raises:
+          ValueError: the sample does not suffice, e.g. fewer rows than atoms.
+        """
+
+    @abc.abstractmethod
+    def step(self, state: State, batch: Batch, *, key: Key[Array, ""]) -> tuple[State, Info]:
+        """One update from one batch."""
+
+    @abc.abstractmethod
+    def result(self, state: State) -> tuple[Dictionary, AbstractEncoder]:
+        """What was learned."""
+
+    @abc.abstractmethod
+    def check(self) -> None:
+        """Rules that join hyperparameters. Raises ValueError naming the field."""
+
+    @abc.abstractmethod
+    def memory(self, batch_size: int, width: int) -> int:
+        """About how many bytes a step needs at once, for the dry run."""
+
+    def data_rows(self, sample: Float[Array, "n d"], *, key: Key[Array, ""]) -> Array:
+        """A start that many solvers share: random rows of the sample at unit norm [m d].
+
+        Raises:
+          ValueError: there are fewer rows than atoms.
+        """
+        if len(sample) < self.n_atoms:
+            raise ValueError(
+                f"n_atoms: {self.n_atoms:,} atoms are begun from as many training rows, but there "
+                f"are only {len(sample):,}. Use fewer atoms, or harvest more text."
+            )
+        return unit_rows(sample[jax.random.choice(key, len(sample), (self.n_atoms,), replace=False)])
+
+
+def unit_rows(rows: Float[Array, "n d"]) -> Float[Array, "n d"]:
+    """Rows at unit norm; a zero row becomes the first axis, so that every row has unit norm."""
+    norms = jnp.linalg.norm(rows, axis=1, keepdims=True)
+    axis = jnp.zeros_like(rows).at[:, 0].set(1)
+    return jnp.where(norms > 0, rows / jnp.where(norms > 0, norms, 1), axis)
