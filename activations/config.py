@@ -121,7 +121,7 @@ def _error_line(schema: dict[str, Any], item: Any, prefix: str) -> str:
             keys.append(str(part))
     dotted = prefix + ".".join(keys)
     match item["type"]:
-        case "extra_forbidden":
+        case "extra_forbidden" | "unexpected_keyword_argument":
             return f"{dotted}: unknown key.{_nearest(keys[-1], list(_names(schema, parent)))}"
         case "union_tag_invalid":
             known = [tag.strip("' ") for tag in item["ctx"]["expected_tags"].split(",")]

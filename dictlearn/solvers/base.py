@@ -1,7 +1,5 @@
 """What a solver is."""
 
-from __future__ import annotations
-
 import abc
 from typing import Generic, TypeVar
 

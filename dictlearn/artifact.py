@@ -1,0 +1,152 @@
+"""Save and load a run: dictionary.safetensors for the arrays, dictionary.json for the rest.
+
+A run directory holds, beside these two, config.toml (every default written out), train.jsonl (a
+line a step) and metrics.json (held-out figures). While a fit runs, and after one that was stopped,
+it also holds a file UNFINISHED that says how far it came.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from activations.config import UserError
+from activations.store import replace_file
+from dictlearn.dictionary import Coder, Dictionary, Normaliser
+from dictlearn.registry import ENCODERS
+
+SCHEMA = 1
+WEIGHTS, METADATA, METRICS = "dictionary.safetensors", "dictionary.json", "metrics.json"
+UNFINISHED = "UNFINISHED"
+
+
+class ArtifactError(UserError):
+    """A run that is absent, unfinished or damaged."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+      coder: raw activations to codes and back.
+      metadata: where it came from (model, hook, store, split, solver, seed, versions).
+      metrics: held-out figures.
+    """
+
+    path: Path
+    coder: Coder
+    metadata: dict[str, Any]
+    metrics: dict[str, Any]
+
+
+def save(path: Path, coder: Coder, metadata: dict[str, Any], metrics: dict[str, Any]) -> None:
+    """Write a run's dictionary and figures into its directory, each file whole or not at all."""
+    arrays: dict[str, np.ndarray] = {}
+    encoder = _take_apart(coder.encoder, "encoder.", arrays)
+    for part in ("dictionary", "normaliser"):
+        _take_apart(getattr(coder, part), f"{part}.", arrays)
+    table = {"schema": SCHEMA, "encoder": encoder, **metadata}
+    replace_file(path / WEIGHTS, safetensors.numpy.save(arrays))
+    replace_file(path / METADATA, _json(table))
+    replace_file(path / METRICS, _json(metrics))
+
+
+def load(path: Path | str) -> Run:
+    """Load a finished run.
+
+    Raises:
+      ArtifactError: there is no run, it is unfinished, or a file in it is damaged.
+    """
+    path = Path(path)
+    metadata, metrics = read_metadata(path)
+    file = path / WEIGHTS
+    try:
+        arrays = safetensors.numpy.load_file(file)
+        coder = Coder(
+            normaliser=Normaliser(*_arrays(arrays, "normaliser.", "mean", "scale")),
+            dictionary=Dictionary(*_arrays(arrays, "dictionary.", "atoms", "bias")),
+            encoder=_put_together(metadata["encoder"], "encoder.", arrays),
+        )
+    except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(
+            f"{file}: is not a dictionary that this version can read "
+            f"({type(error).__name__}: {error})"
+        ) from None
+    if not all(np.isfinite(array).all() for array in arrays.values()):
+        raise ArtifactError(f"{file}: holds NaN or infinity")
+    return Run(path, coder, metadata, metrics)
+
+
+def read_metadata(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A finished run's metadata and metrics, without its arrays. Errors as `load`."""
+    if (path / UNFINISHED).exists():
+        raise ArtifactError(f"{path}: the run is unfinished: {(path / UNFINISHED).read_text()}")
+    if not (path / METADATA).exists():
+        raise ArtifactError(f"{path}: no run there (it has no {METADATA})")
+    tables = []
+    for name in (METADATA, METRICS):
+        try:
+            table = json.loads((path / name).read_text())
+        except (OSError, ValueError) as error:
+            raise ArtifactError(f"{path / name}: cannot be read ({error})") from None
+        if not isinstance(table, dict):
+            raise ArtifactError(f"{path / name}: is not a table")
+        tables.append(table)
+    if tables[0].get("schema") != SCHEMA:
+        raise ArtifactError(
+            f"{path / METADATA}: schema {tables[0].get('schema')!r}, but this version reads schema "
+            f"{SCHEMA}; update dictlearn-interp"
+        )
+    return tables[0], tables[1]
+
+
+def hyperparameters(module: eqx.Module) -> dict[str, Any]:
+    """A module's fields that are not arrays, as a table; modules inside become tables inside."""
+    return _take_apart(module, "", {})
+
+
+def _take_apart(module: Any, prefix: str, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    table: dict[str, Any] = {}
+    for field in dataclasses.fields(module):
+        value = getattr(module, field.name)
+        if isinstance(value, eqx.Module):
+            table[field.name] = _take_apart(value, f"{prefix}{field.name}.", arrays)
+        elif isinstance(value, jax.Array):
+            arrays[prefix + field.name] = np.ascontiguousarray(value)
+        else:
+            table[field.name] = value
+    return table
+
+
+def _put_together(table: dict[str, Any], prefix: str, arrays: dict[str, np.ndarray]) -> Any:
+    """The inverse of `_take_apart`, for a module whose `name` stands in the registry."""
+    kind = ENCODERS[table["name"]]
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(kind):
+        if prefix + field.name in arrays:
+            values[field.name] = jnp.asarray(arrays[prefix + field.name])
+        elif isinstance(table[field.name], dict):
+            values[field.name] = _put_together(
+                table[field.name], f"{prefix}{field.name}.", arrays
+            )
+        else:
+            values[field.name] = table[field.name]
+    return kind(**values)
+
+
+def _arrays(arrays: dict[str, np.ndarray], prefix: str, *names: str) -> list[jax.Array]:
+    return [jnp.asarray(arrays[prefix + name]) for name in names]
+
+
+def _json(table: dict[str, Any]) -> bytes:
+    return (json.dumps(table, indent=1, default=str) + "\n").encode()

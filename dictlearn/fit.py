@@ -1,0 +1,371 @@
+"""Activations on disk -> dictionary:  python -m dictlearn.fit config.toml.
+
+The only training loop: it makes the store where the config says how, splits it by document, feeds
+the solver, keeps the state that is best on validation rows, reads the test rows once, at the end,
+and writes the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import errno
+import importlib.metadata
+import json
+import math
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import tomli_w
+from tqdm.auto import tqdm
+
+from activations.config import UserError, read_toml, run_command, validate
+from activations.store import Store, read_manifest, replace_file
+from dictlearn import artifact, heldout, report
+from dictlearn.config import FitConfig
+from dictlearn.data import Rows, split_by_document, statistics
+from dictlearn.dictionary import Coder, Normaliser
+from dictlearn.metrics import Bulk
+from dictlearn.solvers.base import Batch
+
+if TYPE_CHECKING:
+    from activations.harvest import HarvestConfig
+
+# Rows from which a solver may begin; more would only cost memory.
+_INIT_ROWS = 32768
+
+
+def fit(config: FitConfig, *, where: str = "config", overwrite: bool = False) -> Path:
+    """Fit a dictionary as `config` says, and return the run's directory.
+
+    Arguments:
+      where: what messages call the config.
+      overwrite: replace the run at `config.output`.
+
+    Raises:
+      UserError: the config, the store or the output cannot be used; a step gave NaN.
+    """
+    _check_output(config, overwrite)
+    recipe = _recipe(config, where)
+    if recipe is not None:
+        _make_store(recipe)
+    store = Store(config.data.store)
+    store.width(config.data.hook)
+    parts = split_by_document(
+        store,
+        config.data.hook,
+        validation=config.data.validation,
+        test=config.data.test,
+        seed=config.seed,
+        memory=config.data.memory_mib * 2**20,
+    )
+    n_train = len(parts["train"])
+    if config.fit.batch_size > n_train:
+        raise UserError(
+            f"{where}:\n  fit.batch_size: {config.fit.batch_size:,} is more than the {n_train:,} "
+            "training rows"
+        )
+    if config.solver.n_atoms > n_train:
+        raise UserError(
+            f"{where}:\n  solver.n_atoms: {config.solver.n_atoms:,} atoms are begun from as many "
+            f"rows, but there are only {n_train:,} training rows. Use fewer, or harvest more text."
+        )
+    normaliser, bulk = statistics(parts["train"])
+    with _run_directory(config, overwrite) as run:
+        replace_file(run / "config.toml", tomli_w.dumps(_resolved(config, recipe)).encode())
+        started = time.monotonic()
+        coder, step = _train(config, parts, normaliser, bulk, run)
+        seconds = time.monotonic() - started
+        metrics = _measure(config, coder, parts, bulk)
+        metrics |= {"seconds": seconds, "best_step": step}
+        artifact.save(run, coder, _metadata(config, store, parts), metrics)
+        (run / artifact.UNFINISHED).unlink()
+    return run
+
+
+def _train(
+    config: FitConfig, parts: dict[str, Rows], normaliser: Normaliser, bulk: Bulk, run: Path
+) -> tuple[Coder, int]:
+    """Step through the epochs; the coder that was best on validation rows, and its step."""
+    solver, size = config.solver, config.fit.batch_size
+    n_train = len(parts["train"])
+    n_steps, per_epoch = steps(config.fit.epochs * n_train, size), steps(n_train, size)
+    init_key, step_key = jax.random.split(jax.random.key(config.seed))
+    sample = parts["train"].sample(max(_INIT_ROWS, solver.n_atoms), seed=config.seed)
+    state = solver.init(normaliser.normalise(jnp.asarray(sample)), n_steps=n_steps, key=init_key)
+    batches = parts["train"].batches(size, seed=config.seed)
+
+    best: tuple[float, Coder, int] | None = None
+    step = 0
+    try:
+        with (run / "train.jsonl").open("w", buffering=1) as log, _bar(config, n_steps) as bar:
+            for step in range(1, n_steps + 1):
+                before = time.monotonic()
+                batch = Batch(normaliser.normalise(jnp.asarray(next(batches))))
+                state, info = solver.step(state, batch, key=jax.random.fold_in(step_key, step))
+                line = {name: value.item() for name, value in vars(info).items()}
+                line = {"step": step, **line, "seconds": time.monotonic() - before}
+                if not math.isfinite(line["objective"]):
+                    raise UserError(
+                        f"step {step}: the objective is {line['objective']}. For an SAE, lower "
+                        "solver.learning_rate; otherwise look for rows of great norm."
+                    )
+                if step % per_epoch == 0 or step == n_steps:
+                    coder = Coder(normaliser, *solver.result(state))
+                    seen = heldout.evaluate(coder, parts["validation"], bulk)
+                    line |= {"validation_fvu": seen.fvu, "validation_fvu_bulk": seen.fvu_bulk}
+                    if best is None or seen.fvu_bulk < best[0]:
+                        best = (seen.fvu_bulk, coder, step)
+                    bar.set_postfix_str(f"validation fvu_bulk {seen.fvu_bulk:.4f}")
+                log.write(json.dumps(line) + "\n")
+                bar.update()
+    except KeyboardInterrupt:
+        text = f"interrupted at step {step} of {n_steps}; nothing was saved. Fit again."
+        replace_file(run / artifact.UNFINISHED, text.encode())
+        raise
+    assert best is not None
+    return best[1], best[2]
+
+
+def steps(rows: float, size: int) -> int:
+    """How many batches see so many rows."""
+    return max(1, math.ceil(rows / size))
+
+
+def _bar(config: FitConfig, n_steps: int) -> tqdm:
+    return tqdm(total=n_steps, unit="step", desc=f"fit {config.solver.name}")
+
+
+def _measure(
+    config: FitConfig, coder: Coder, parts: dict[str, Rows], bulk: Bulk
+) -> dict[str, Any]:
+    """The test rows' figures, for the fit and for its control. The test is read here alone."""
+    untrained = heldout.control(
+        parts["train"],
+        coder.normaliser,
+        n_atoms=config.solver.n_atoms,
+        k=config.solver.sparsity,
+        seed=config.seed,
+    )
+    return heldout.figures(
+        coder,
+        heldout.evaluate(coder, parts["test"], bulk),
+        heldout.evaluate(untrained, parts["test"], bulk),
+        seed=config.seed,
+    )
+
+
+def _recipe(config: FitConfig, where: str) -> HarvestConfig | None:
+    """The [harvest] section, typed; `store` comes from [data]."""
+    if config.harvest is None:
+        return None
+    # The harvester is known only to configs that ask for it; it brings in no torch by itself.
+    from activations.harvest import HarvestConfig
+
+    if "store" in config.harvest:
+        raise UserError(f"{where}:\n  harvest.store: unknown key; the store is data.store")
+    table = {**config.harvest, "store": str(config.data.store)}
+    recipe = validate(HarvestConfig, table, where, "harvest.")
+    if config.data.hook not in recipe.hooks:
+        raise UserError(
+            f"{where}:\n  data.hook: {config.data.hook!r} is not among harvest.hooks "
+            f"({', '.join(recipe.hooks)})"
+        )
+    return recipe
+
+
+def _make_store(recipe: HarvestConfig) -> None:
+    from activations import harvest
+
+    if harvest.found(recipe):
+        report.say(f"store {recipe.store}: found, nothing to harvest")
+        return
+    harvest.harvest(recipe)
+
+
+def _check_output(config: FitConfig, overwrite: bool) -> None:
+    """Judge a place that the user named, before anything is begun."""
+    if overwrite and config.output is None:
+        raise UserError("--overwrite: the config names no output; each run gets a fresh directory")
+    if config.output is None or not config.output.exists():
+        return
+    ours = any((config.output / name).exists() for name in (artifact.METADATA, artifact.UNFINISHED))
+    if not config.output.is_dir() or (any(config.output.iterdir()) and not ours):
+        raise UserError(f"output: {config.output} is there, and is not a run; name another place")
+    if ours and not overwrite:
+        state = "an unfinished" if (config.output / artifact.UNFINISHED).exists() else "a finished"
+        raise UserError(
+            f"output: {config.output} already holds {state} run; "
+            "pass --overwrite to replace it, or name another place"
+        )
+
+
+@contextmanager
+def _run_directory(config: FitConfig, overwrite: bool) -> Iterator[Path]:
+    """A fresh directory that says UNFINISHED; a run that it replaces is kept until this one is done.
+
+    After a user's mistake, or on a full disk, it is removed; after Ctrl-C it stays.
+    """
+    old = None
+    if config.output is None:
+        run = _fresh(Path("runs"), config.name)
+    else:
+        run = config.output
+        if overwrite and run.exists():
+            old = run.with_name(f".{run.name}.replaced")
+            shutil.rmtree(old, ignore_errors=True)
+            run.rename(old)
+        run.mkdir(parents=True, exist_ok=True)
+    try:
+        replace_file(run / artifact.UNFINISHED, b"it is running, or was killed. Fit again.")
+        yield run
+    except (UserError, OSError) as error:
+        shutil.rmtree(run)
+        if old is not None:
+            old.rename(run)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"{run}: no space left on the device; the run was removed. Free some space and "
+                "fit again."
+            ) from None
+        raise
+    if old is not None:
+        shutil.rmtree(old)
+
+
+def _fresh(folder: Path, name: str) -> Path:
+    """runs/<name>-NNN with the next free number, also when two fits ask at once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    taken = [path.name.rpartition("-")[2] for path in folder.glob(f"{name}-*")]
+    number = max((int(text) for text in taken if text.isdigit()), default=0)
+    while True:
+        number += 1
+        try:
+            (folder / f"{name}-{number:03d}").mkdir()
+        except FileExistsError:
+            continue
+        return folder / f"{name}-{number:03d}"
+
+
+def _resolved(config: FitConfig, recipe: HarvestConfig | None) -> dict[str, Any]:
+    """The config with every default written out, as TOML can hold it."""
+    table = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    table["data"] = dataclasses.asdict(config.data)
+    table["fit"] = dataclasses.asdict(config.fit)
+    table["solver"] = artifact.hyperparameters(config.solver)
+    table["harvest"] = recipe and recipe.request
+    return json.loads(json.dumps(_without_none(table), default=str))
+
+
+def _without_none(table: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_none(value) if isinstance(value, dict) else value
+        for key, value in table.items()
+        if value is not None
+    }
+
+
+def _metadata(config: FitConfig, store: Store, parts: dict[str, Rows]) -> dict[str, Any]:
+    """What it takes to know this dictionary, and to find the same place in the model again."""
+    manifest = store.manifest
+    return {
+        "name": config.name,
+        "solver": artifact.hyperparameters(config.solver),
+        "seed": config.seed,
+        "hook": config.data.hook,
+        "model": manifest.model,
+        "corpus": manifest.corpus,
+        "context_length": manifest.context_length,
+        "dropped_positions": manifest.dropped_positions,
+        "store": {"path": str(store.path), "manifest_sha256": manifest.sha256()},
+        "split": {name: rows.documents.tolist() for name, rows in parts.items()},
+        "n_training_rows": len(parts["train"]),
+        "commit": _commit(),
+        "versions": {
+            name: importlib.metadata.version(name)
+            for name in ("dictlearn-interp", "jax", "jaxlib", "equinox", "optax", "numpy")
+        },
+        "device": jax.devices()[0].device_kind,
+    }
+
+
+def _commit() -> str | None:
+    """The commit of dictlearn's own checkout, where it runs from one."""
+    here = Path(__file__)
+    try:
+        for command in (["ls-files", "--error-unmatch", here.name], ["rev-parse", "HEAD"]):
+            answer = subprocess.run(
+                ["git", *command], cwd=here.parent, capture_output=True, text=True, check=True
+            )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return answer.stdout.strip()
+
+
+def plan(config: FitConfig, where: str) -> dict[str, str]:
+    """What a fit would do, for `--dry-run`: nothing is loaded, converted or written."""
+    _check_output(config, overwrite=True if config.output else False)
+    recipe = _recipe(config, where)
+    manifest = read_manifest(config.data.store)
+    lines = {"store": str(config.data.store)}
+    if recipe is not None:
+        from activations import harvest, models
+
+        have = harvest.found(recipe)
+        rows, width = recipe.max_tokens, models.width(recipe.model)
+        lines["harvest"] = "found, nothing to harvest" if have else f"from {recipe.model}"
+    else:
+        have, rows, width = True, None, None
+    if have:
+        store = Store(config.data.store)
+        rows, width = len(store), store.width(config.data.hook)
+    lines["tokens"] = "unknown before the corpus is read" if rows is None else f"{rows:,}"
+    if not have and rows is not None:
+        lines["tokens"] = f"at most about {rows:,}"
+    if rows is not None:
+        train = (1 - config.data.validation - config.data.test) * rows
+        lines["steps"] = f"{steps(config.fit.epochs * train, config.fit.batch_size):,}"
+        if width is not None:
+            n_hooks = len(recipe.hooks) if recipe is not None else 1
+            size = sum(s.bytes for s in manifest.shards) if manifest else 0
+            size = size if have else rows * (4 * width * n_hooks + 24)
+            lines["bytes on disk"] = f"{size:,}"
+            held = min(4 * width * train, config.data.memory_mib * 2**20)
+            need = held + config.solver.memory(config.fit.batch_size, width)
+            lines["memory of the fit"] = f"about {need / 2**30:.1f} GiB"
+    lines["run"] = str(config.output or f"runs/{config.name}-NNN")
+    return lines
+
+
+def main() -> None:
+    """Entry of `python -m dictlearn.fit`."""
+    parser = argparse.ArgumentParser(prog="python -m dictlearn.fit", description=__doc__)
+    parser.add_argument("config", type=Path, help="e.g. experiments/quickstart.toml")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. fit.epochs=2"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="say what would happen, do nothing")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run at `output`")
+    arguments = parser.parse_args()
+    where = str(arguments.config)
+    config = validate(FitConfig, read_toml(arguments.config, arguments.set), where)
+    if arguments.dry_run:
+        report.show_plan(plan(config, where))
+        return
+    report.show(fit(config, where=where, overwrite=arguments.overwrite))
+
+
+def command() -> None:
+    """Entry of the console script `dictlearn`."""
+    run_command(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -1,0 +1,17 @@
+"""Names to classes: a new solver or encoder is one file and one line here."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from dictlearn.encoders.linear import Linear, TopK
+from dictlearn.encoders.omp import OMP
+from dictlearn.solvers.ksvd import KSVD
+from dictlearn.solvers.sae import TopKSAE
+
+Solver = Annotated[KSVD | TopKSAE, Field(discriminator="name")]
+
+# Everything that an artifact can hold, by the `name` it is saved under.
+ENCODERS = {"omp": OMP, "linear": Linear, "topk": TopK}

@@ -1,0 +1,155 @@
+"""What a person sees of a run in the terminal:  python -m dictlearn.report RUN."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from activations.config import run_command
+from dictlearn import artifact
+
+_CONSOLE = Console(highlight=False, soft_wrap=True)
+
+
+def say(line: str) -> None:
+    """One line."""
+    _CONSOLE.print(line, markup=False)
+
+
+def show_plan(lines: dict[str, str]) -> None:
+    """What a dry run found."""
+    say("dry run: nothing is read from a model, nothing is written")
+    for key, value in lines.items():
+        say(f"  {key:18} {value}")
+
+
+def show(path: Path) -> None:
+    """A finished run: its figures beside its control's and its sibling's, and what to try next."""
+    metadata, metrics = artifact.read_metadata(path)
+    sibling = _sibling(path, metadata)
+    say("")
+    say(f"{path}: {describe(metadata)}")
+    say(f"  model   {metadata['model']['description']} ({metadata['model']['spec']})")
+    say(f"  hook    {metadata['hook']}, {metadata['n_training_rows']:,} training rows")
+    say(
+        f"  test    {metrics['n_tokens']:,} tokens of {metrics['n_documents']} documents "
+        "that neither fit nor selection saw"
+    )
+    say("")
+    _CONSOLE.print(_table(metadata, metrics, sibling), soft_wrap=False)
+    low, high = metrics["gain_bulk_interval"]
+    say(
+        f"The fit removes {_percent(metrics['gain_bulk'])} of the control's fvu_bulk "
+        f"(95 % interval {_percent(low)} to {_percent(high)})."
+    )
+    say(
+        "fvu: variance unexplained, lower is better. fvu_bulk leaves out the few dimensions and "
+        "rows that hold most variance."
+    )
+    say("Lower error is not truer features.")
+    say("")
+    say("Try next:")
+    for line in _next(path, metadata, sibling):
+        say(f"  {line}")
+
+
+def describe(metadata: dict[str, Any]) -> str:
+    """E.g. "ksvd, 2,048 atoms, at most 32 a token"."""
+    solver = metadata["solver"]
+    return f"{solver['name']}, {solver['n_atoms']:,} atoms, at most {_sparsity(metadata)} a token"
+
+
+def _sparsity(metadata: dict[str, Any]) -> int:
+    solver = metadata["solver"]
+    return solver["k"] if "k" in solver else solver["encoder"]["k"]
+
+
+def _table(
+    metadata: dict[str, Any],
+    metrics: dict[str, Any],
+    sibling: tuple[Path, dict[str, Any], dict[str, Any]] | None,
+) -> Table:
+    systems = [
+        (metadata["solver"]["name"], metrics, ""),
+        ("control: data rows + omp", metrics, "control_"),
+    ]
+    if sibling is not None:
+        systems.append((f"{sibling[1]['solver']['name']} ({sibling[0].name})", sibling[2], ""))
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for title in ("", *(name for name, _, _ in systems)):
+        table.add_column(title)
+
+    def row(title: str, key: str, show: Callable[[Any], str]) -> None:
+        figures = [of.get(prefix + key) for _, of, prefix in systems]
+        table.add_row(title, *("" if value is None else show(value) for value in figures))
+
+    row("fvu_bulk", "fvu_bulk", "{:.4f}".format)
+    row("  95 %", "fvu_bulk_interval", _interval)
+    row("fvu", "fvu", "{:.4f}".format)
+    row("  95 %", "fvu_interval", _interval)
+    row("L0", "l0", "{:.1f}".format)
+    row("alive", "frac_alive", _percent)
+    row("with a twin", "twins", _percent)
+    row("fitted in", "seconds", "{:.0f} s".format)
+    return table
+
+
+def _interval(pair: list[float]) -> str:
+    return f"{pair[0]:.3f} to {pair[1]:.3f}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _sibling(
+    path: Path, metadata: dict[str, Any]
+) -> tuple[Path, dict[str, Any], dict[str, Any]] | None:
+    """The newest finished run beside this one that differs in its solver alone."""
+
+    def place(of: dict[str, Any]) -> tuple[Any, ...]:
+        store, solver = of["store"]["manifest_sha256"], of["solver"]
+        return store, of["hook"], of["split"], solver["n_atoms"], _sparsity(of)
+
+    finished = path.parent.glob(f"*/{artifact.METADATA}")
+    for file in sorted(finished, key=lambda file: file.stat().st_mtime, reverse=True):
+        try:
+            other, metrics = artifact.read_metadata(file.parent)
+            same = place(other) == place(metadata)
+        except (artifact.ArtifactError, KeyError):
+            continue
+        if same and other["solver"]["name"] != metadata["solver"]["name"]:
+            return file.parent, other, metrics
+    return None
+
+
+def _next(
+    path: Path,
+    metadata: dict[str, Any],
+    sibling: tuple[Path, dict[str, Any], dict[str, Any]] | None,
+) -> list[str]:
+    key = "solver.k" if "k" in metadata["solver"] else "solver.encoder.k"
+    lines = [f"python -m dictlearn.fit CONFIG --set {key}={max(1, _sparsity(metadata) // 2)}"]
+    if sibling is None and metadata["name"] == "quickstart":
+        sae = "python -m dictlearn.fit experiments/quickstart-sae.toml"
+        lines.insert(0, f"{sae}    # a TopK SAE on the same store, for comparison")
+    lines.append(f'run = dictlearn.load("{path}")    # in Python; see "Look at features" in README')
+    return lines
+
+
+def main() -> None:
+    """Entry of `python -m dictlearn.report`."""
+    parser = argparse.ArgumentParser(prog="python -m dictlearn.report", description=__doc__)
+    parser.add_argument("run", type=Path)
+    path = parser.parse_args().run
+    artifact.load(path)  # not for the figures: a damaged dictionary should not be shown as whole
+    show(path)
+
+
+if __name__ == "__main__":
+    run_command(main)
