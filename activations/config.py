@@ -1,4 +1,4 @@
-"""TOML to typed, frozen configuration, strictly; and the one error a user sees.
+"""TOML to typed, frozen configuration, strictly.
 
 A configuration type is a frozen dataclass (or Equinox module) with
 `__pydantic_config__ = {"extra": "forbid"}`. No field is written twice: pydantic reads the
@@ -10,32 +10,16 @@ from __future__ import annotations
 
 import difflib
 import json
-import sys
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import pydantic
 
+from activations.terminal import UserError
+
 T = TypeVar("T")
-
-
-class UserError(Exception):
-    """A mistake the user can mend: the message says what is wrong, where, and what to do."""
-
-
-def run_command(main: Callable[[], None]) -> NoReturn:
-    """Run a command line: exit 2 with one message for a user's mistake, 130 for Ctrl-C."""
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    sys.exit(0)
 
 
 def read_toml(path: Path, overrides: list[str]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from activations.config import UserError
+from activations.terminal import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,9 @@ class Files:
     def documents(self) -> Iterator[str]:
         """Each document's text, file after file."""
         for pattern in self.paths:
-            found = sorted(path for path in glob.glob(pattern, recursive=True) if Path(path).is_file())
+            found = sorted(
+                path for path in glob.glob(pattern, recursive=True) if Path(path).is_file()
+            )
             if not found:
                 raise UserError(f"corpus.paths: no file matches {pattern!r}")
             for path in found:

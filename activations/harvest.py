@@ -18,10 +18,9 @@ from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field
-from tqdm.auto import tqdm
 
 from activations import models
-from activations.config import UserError, read_toml, run_command, validate
+from activations.config import read_toml, validate
 from activations.corpora import Corpus, Packed, pack
 from activations.store import (
     Manifest,
@@ -31,6 +30,7 @@ from activations.store import (
     open_writer,
     read_manifest,
 )
+from activations.terminal import UserError, progress, run_command
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +149,7 @@ def _write(
     per_batch = config.batch_size * config.context_length
     per_shard = config.batch_size * -(-config.shard_tokens // per_batch)
     start = writer.sequences_done
-    with tqdm(
+    with progress(
         total=packed.token.size,
         initial=start * config.context_length,
         unit="tok",
@@ -239,7 +239,9 @@ def _stop_at_layer(hooks: tuple[str, ...]) -> int | None:
     if all(layers):
         return max(int(match[1]) for match in layers if match) + 1
     before_blocks = ("embed.", "hook_embed", "hook_pos_embed")
-    if all(match or hook.startswith(before_blocks) for match, hook in zip(layers, hooks, strict=True)):
+    if all(
+        match or hook.startswith(before_blocks) for match, hook in zip(layers, hooks, strict=True)
+    ):
         return max((int(match[1]) + 1 for match in layers if match), default=1)
     return None
 

@@ -33,7 +33,7 @@ from typing import Any
 import filelock
 import platformdirs
 
-from activations.config import UserError
+from activations.terminal import UserError
 
 KINDS = {
     "hf": "hf:openai-community/gpt2",
@@ -148,6 +148,29 @@ def fetch(spec: str) -> Path:
             return _from_gguf(_packaged_gguf(name))
 
 
+def width(spec: str) -> int | None:
+    """The residual stream's width, where a file that is already here tells; nothing is fetched."""
+    kind, _, name = spec.partition(":")
+    try:
+        if kind in ("gguf", "package"):
+            path = Path(name) if kind == "gguf" else _assembled(name)
+            fields = importlib.import_module("gguf").GGUFReader(path).fields
+            architecture = fields["general.architecture"].contents()
+            return int(fields[f"{architecture}.embedding_length"].contents())
+        directory = Path(name)
+        if kind == "hf":
+            hub = _quiet_import("huggingface_hub")
+            directory = Path(hub.snapshot_download(name.partition("@")[0], local_files_only=True))
+        return int(json.loads((directory / "config.json").read_text())["hidden_size"])
+    except (OSError, ValueError, KeyError, ImportError):
+        return None
+
+
+def _assembled(package: str) -> Path:
+    """Where a package's GGUF file lies once `assemble` has made it."""
+    return cache_folder() / "assembled" / f"{package}.gguf"
+
+
 def _checked_directory(directory: Path) -> Path:
     if not directory.is_dir():
         raise UserError(f"model dir:{directory}: no such directory")
@@ -182,7 +205,9 @@ def _from_hub(name: str) -> Path:
         hub.HfApi().model_info(repo, revision=revision or None, timeout=5)
         return snapshot()
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
-        raise UserError(f"model hf:{name}: the hub has no such model (or it needs a login)") from None
+        raise UserError(
+            f"model hf:{name}: the hub has no such model (or it needs a login)"
+        ) from None
     except errors.HFValidationError as error:
         raise UserError(f"model hf:{name}: not a hub id ({error})") from None
     except (errors.OfflineModeIsEnabled, OSError, errors.HfHubHTTPError) as error:
@@ -215,7 +240,7 @@ def _packaged_gguf(package: str) -> Path:
     assemble = getattr(importlib.import_module(package), "assemble", None)
     if assemble is None:
         raise UserError(f"model package:{package}: the package holds no .gguf file")
-    target = cache_folder() / "assembled" / f"{package}.gguf"
+    target = _assembled(package)
     with _exclusive(target):
         if not target.exists():
             with _temporary_sibling(target) as temporary:

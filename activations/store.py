@@ -28,7 +28,8 @@ import filelock
 import h5py
 import numpy as np
 
-from activations.config import UserError, validate
+from activations.config import validate
+from activations.terminal import UserError
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -282,7 +283,8 @@ def open_writer(path: Path, manifest: Manifest) -> Iterator[StoreWriter]:
             bare = dataclasses.replace(begun, shards=(), complete=False)
             if differing := differences(dataclasses.asdict(bare), dataclasses.asdict(manifest)):
                 raise StoreError(
-                    f"{path}: was begun with other settings:\n  " + "\n  ".join(differing)
+                    f"{path}: was begun with other settings:\n  "
+                    + "\n  ".join(differing)
                     + "\nName another store, or delete this one."
                 )
         writer = StoreWriter(path, begun or manifest)

@@ -19,8 +19,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from activations.config import UserError
 from activations.store import replace_file
+from activations.terminal import UserError
 from dictlearn.dictionary import Coder, Dictionary, Normaliser
 from dictlearn.registry import ENCODERS
 
@@ -136,9 +136,7 @@ def _put_together(table: dict[str, Any], prefix: str, arrays: dict[str, np.ndarr
         if prefix + field.name in arrays:
             values[field.name] = jnp.asarray(arrays[prefix + field.name])
         elif isinstance(table[field.name], dict):
-            values[field.name] = _put_together(
-                table[field.name], f"{prefix}{field.name}.", arrays
-            )
+            values[field.name] = _put_together(table[field.name], f"{prefix}{field.name}.", arrays)
         else:
             values[field.name] = table[field.name]
     return kind(**values)

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import jax.numpy as jnp
 import numpy as np
 
-from activations.config import UserError
 from activations.store import Shard, Store
+from activations.terminal import UserError
 from dictlearn.dictionary import Normaliser
 from dictlearn.metrics import Bulk
 

@@ -19,21 +19,21 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
 import tomli_w
-from tqdm.auto import tqdm
 
-from activations.config import UserError, read_toml, run_command, validate
+from activations.config import read_toml, validate
 from activations.store import Store, read_manifest, replace_file
+from activations.terminal import UserError, progress, run_command
 from dictlearn import artifact, heldout, report
 from dictlearn.config import FitConfig
 from dictlearn.data import Rows, split_by_document, statistics
 from dictlearn.dictionary import Coder, Normaliser
 from dictlearn.metrics import Bulk
-from dictlearn.solvers.base import Batch
+from dictlearn.solvers.base import AbstractSolver, Batch
 
 if TYPE_CHECKING:
     from activations.harvest import HarvestConfig
@@ -94,7 +94,8 @@ def _train(
     config: FitConfig, parts: dict[str, Rows], normaliser: Normaliser, bulk: Bulk, run: Path
 ) -> tuple[Coder, int]:
     """Step through the epochs; the coder that was best on validation rows, and its step."""
-    solver, size = config.solver, config.fit.batch_size
+    size = config.fit.batch_size
+    solver = cast(AbstractSolver[Any], config.solver)
     n_train = len(parts["train"])
     n_steps, per_epoch = steps(config.fit.epochs * n_train, size), steps(n_train, size)
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
@@ -105,7 +106,10 @@ def _train(
     best: tuple[float, Coder, int] | None = None
     step = 0
     try:
-        with (run / "train.jsonl").open("w", buffering=1) as log, _bar(config, n_steps) as bar:
+        with (
+            (run / "train.jsonl").open("w", buffering=1) as log,
+            progress(total=n_steps, unit="step", desc=f"fit {config.solver.name}") as bar,
+        ):
             for step in range(1, n_steps + 1):
                 before = time.monotonic()
                 batch = Batch(normaliser.normalise(jnp.asarray(next(batches))))
@@ -139,13 +143,7 @@ def steps(rows: float, size: int) -> int:
     return max(1, math.ceil(rows / size))
 
 
-def _bar(config: FitConfig, n_steps: int) -> tqdm:
-    return tqdm(total=n_steps, unit="step", desc=f"fit {config.solver.name}")
-
-
-def _measure(
-    config: FitConfig, coder: Coder, parts: dict[str, Rows], bulk: Bulk
-) -> dict[str, Any]:
+def _measure(config: FitConfig, coder: Coder, parts: dict[str, Rows], bulk: Bulk) -> dict[str, Any]:
     """The test rows' figures, for the fit and for its control. The test is read here alone."""
     untrained = heldout.control(
         parts["train"],
@@ -209,7 +207,7 @@ def _check_output(config: FitConfig, overwrite: bool) -> None:
 
 @contextmanager
 def _run_directory(config: FitConfig, overwrite: bool) -> Iterator[Path]:
-    """A fresh directory that says UNFINISHED; a run that it replaces is kept until this one is done.
+    """A fresh directory that says UNFINISHED; a run that it replaces is kept until this is done.
 
     After a user's mistake, or on a full disk, it is removed; after Ctrl-C it stays.
     """
@@ -309,9 +307,9 @@ def _commit() -> str | None:
     return answer.stdout.strip()
 
 
-def plan(config: FitConfig, where: str) -> dict[str, str]:
+def plan(config: FitConfig, where: str, *, overwrite: bool) -> dict[str, str]:
     """What a fit would do, for `--dry-run`: nothing is loaded, converted or written."""
-    _check_output(config, overwrite=True if config.output else False)
+    _check_output(config, overwrite)
     recipe = _recipe(config, where)
     manifest = read_manifest(config.data.store)
     lines = {"store": str(config.data.store)}
@@ -357,7 +355,7 @@ def main() -> None:
     where = str(arguments.config)
     config = validate(FitConfig, read_toml(arguments.config, arguments.set), where)
     if arguments.dry_run:
-        report.show_plan(plan(config, where))
+        report.show_plan(plan(config, where, overwrite=arguments.overwrite))
         return
     report.show(fit(config, where=where, overwrite=arguments.overwrite))
 

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from activations.config import run_command
+from activations.terminal import run_command
 from dictlearn import artifact
 
 _CONSOLE = Console(highlight=False, soft_wrap=True)

@@ -1,0 +1,1 @@
+"""A Coder (and a model) to numbers."""

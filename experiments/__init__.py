@@ -1,0 +1,1 @@
+"""What we ran and what came out."""

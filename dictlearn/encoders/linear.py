@@ -24,6 +24,7 @@ class TopK(eqx.Module):
     name: Literal["topk"] = eqx.field(static=True, default="topk")
 
     def __call__(self, u: Float[Array, "n m"]) -> SparseCodes:
+        """Codes of pre-activations."""
         values, indices = jax.lax.top_k(u, self.k)
         return SparseCodes(indices, jax.nn.relu(values), n_atoms=u.shape[1])
 

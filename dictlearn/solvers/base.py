@@ -38,7 +38,6 @@ class AbstractSolver(eqx.Module, Generic[State]):
     """Frozen hyperparameters. `step` is pure, and jits its own kernels."""
 
     n_atoms: eqx.AbstractVar[int]
-    name: eqx.AbstractVar[str]
 
     @property
     @abc.abstractmethod
@@ -83,7 +82,9 @@ class AbstractSolver(eqx.Module, Generic[State]):
                 f"n_atoms: {self.n_atoms:,} atoms are begun from as many training rows, but there "
                 f"are only {len(sample):,}. Use fewer atoms, or harvest more text."
             )
-        return unit_rows(sample[jax.random.choice(key, len(sample), (self.n_atoms,), replace=False)])
+        return unit_rows(
+            sample[jax.random.choice(key, len(sample), (self.n_atoms,), replace=False)]
+        )
 
 
 def unit_rows(rows: Float[Array, "n d"]) -> Float[Array, "n d"]:

@@ -79,9 +79,7 @@ class KSVD(AbstractSolver[_KSVDState]):
         """The most nonzeros a row may have."""
         return self.encoder.k
 
-    def init(
-        self, sample: Float[Array, "n d"], *, n_steps: int, key: Key[Array, ""]
-    ) -> _KSVDState:
+    def init(self, sample: Float[Array, "n d"], *, n_steps: int, key: Key[Array, ""]) -> _KSVDState:
         """Atoms = random rows of the sample, at unit norm."""
         del n_steps
         return _KSVDState(

@@ -37,9 +37,10 @@ class TopKSAE(AbstractSolver[_SAEState]):
     mean squared error of that, over the mean square of what was left; 0 while none is dead.
 
     Rows of D have unit norm: the part of a gradient along its row is removed, and rows are put back
-    to unit norm after each update. D starts from random data rows, W from D, b from 0 (the
-    Normaliser has taken the mean). The learning rate rises linearly over the first `warmup` of the
-    steps and falls to 0 along a cosine; gradients are clipped to a global norm of 1.
+    to unit norm after each update. D starts from random data rows, W from a D with the a that
+    reconstructs best, b and c from 0 (the Normaliser has taken the mean). The learning rate rises
+    linearly over the first `warmup` of the steps and falls to 0 along a cosine; gradients are
+    clipped to a global norm of 1.
 
     Arguments:
       n_atoms: m.
@@ -47,8 +48,9 @@ class TopKSAE(AbstractSolver[_SAEState]):
       dead_after: rows for which a latent is not used before it counts as dead.
 
     Source: Gao et al., "Scaling and evaluating sparse autoencoders" (2024), sections 2.3 and 2.4
-    and appendix A. Departures: the cosine decay, the start from data rows (theirs is random), and
-    a small `dead_after` that suits small corpora (theirs is 10 million tokens).
+    and appendix A. Departures: the cosine decay; the start from data rows (theirs is random) and
+    its scale a, without which rows that share a direction overshoot many times over; a small
+    `dead_after` that suits small corpora (theirs is 10 million tokens).
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -82,18 +84,16 @@ class TopKSAE(AbstractSolver[_SAEState]):
         """The most nonzeros a row may have."""
         return self.k
 
-    def init(
-        self, sample: Float[Array, "n d"], *, n_steps: int, key: Key[Array, ""]
-    ) -> _SAEState:
+    def init(self, sample: Float[Array, "n d"], *, n_steps: int, key: Key[Array, ""]) -> _SAEState:
         """Atoms and encoder weights = random rows of the sample at unit norm."""
         atoms = self.data_rows(sample, key=key)
-        parameters = (
-            Dictionary(atoms, jnp.zeros(atoms.shape[1], atoms.dtype)),
-            Linear(atoms, jnp.zeros(self.n_atoms, atoms.dtype), TopK(self.k)),
-        )
+        dictionary = Dictionary(atoms, jnp.zeros(atoms.shape[1], atoms.dtype))
+        encoder = Linear(atoms, jnp.zeros(self.n_atoms, atoms.dtype), TopK(self.k))
+        weight = atoms * _best_scale(dictionary, encoder, sample[:_SCALE_ROWS])
+        parameters = (dictionary, eqx.tree_at(lambda linear: linear.weight, encoder, weight))
         return _SAEState(
             parameters=parameters,
-            optimiser=_OPTIMISER.init(parameters),
+            optimiser=_OPTIMISER.init(parameters),  # pyright: ignore[reportArgumentType]
             n_steps=jnp.array(n_steps, jnp.int32),
             rows_since_used=jnp.zeros(self.n_atoms, jnp.int32),
         )
@@ -115,13 +115,13 @@ class TopKSAE(AbstractSolver[_SAEState]):
         return 4 * (8 * self.n_atoms * width + 4 * batch_size * (self.n_atoms + width))
 
 
+# Rows from which the encoder's first scale is estimated: one number.
+_SCALE_ROWS = 4096
 _OPTIMISER = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
 
 
 @eqx.filter_jit
-def _step(
-    solver: TopKSAE, state: _SAEState, x: Float[Array, "n d"]
-) -> tuple[_SAEState, Info]:
+def _step(solver: TopKSAE, state: _SAEState, x: Float[Array, "n d"]) -> tuple[_SAEState, Info]:
     n, _ = x.shape
     dead = state.rows_since_used >= solver.dead_after
     variance = jnp.mean(jnp.sum((x - x.mean(axis=0)) ** 2, axis=1))
@@ -172,6 +172,16 @@ def _aux(
     left = error - codes.dense() @ atoms
     square = jnp.mean(error**2)
     return jnp.mean(left**2) / jnp.where(square > 0, square, 1)
+
+
+@eqx.filter_jit
+def _best_scale(
+    dictionary: Dictionary, encoder: Linear, x: Float[Array, "n d"]
+) -> Float[Array, ""]:
+    """argmin_a ||x - a x_hat||^2 for the encoder's reconstruction x_hat; 1 where that is 0."""
+    x_hat = dictionary.decode(encoder.prepare(dictionary).encode(x))
+    square = jnp.vdot(x_hat, x_hat)
+    return jnp.where(square > 0, jnp.vdot(x, x_hat) / jnp.where(square > 0, square, 1), 1)
 
 
 def _atoms(parameters: _Parameters) -> Array:
