@@ -18,6 +18,7 @@ from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field
+from tqdm import tqdm
 
 from activations import models
 from activations.config import read_toml, validate
@@ -134,53 +135,51 @@ def harvest(config: HarvestConfig, packed: Packed | None = None) -> None:
         n_sequences=len(packed.token),
         dropped_positions=("special",),
     )
-    with open_writer(config.store, manifest) as writer:
-        _write(config, packed, reader, writer, model.identity.description)
+    with (
+        open_writer(config.store, manifest) as writer,
+        progress(
+            total=packed.token.size,
+            initial=writer.sequences_done * config.context_length,
+            unit="tok",
+            unit_scale=True,
+            desc=f"harvest {model.identity.description}",
+        ) as bar,
+    ):
+        write(config, packed, reader, writer, bar)
 
 
-def _write(
-    config: HarvestConfig,
-    packed: Packed,
-    reader: HookReader,
-    writer: StoreWriter,
-    description: str,
+def write(
+    config: HarvestConfig, packed: Packed, reader: HookReader, writer: StoreWriter, bar: tqdm
 ) -> None:
+    """Run the model over the sequences that `writer` does not have yet, shard after shard."""
     # A shard holds whole forward batches, so that a resumed store equals an uninterrupted one.
     per_batch = config.batch_size * config.context_length
     per_shard = config.batch_size * -(-config.shard_tokens // per_batch)
-    start = writer.sequences_done
-    with progress(
-        total=packed.token.size,
-        initial=start * config.context_length,
-        unit="tok",
-        unit_scale=True,
-        desc=f"harvest {description}",
-    ) as bar:
-        for first in range(start, len(packed.token), per_shard):
-            chosen = slice(first, min(first + per_shard, len(packed.token)))
-            token, document = packed.token[chosen], packed.document[chosen]
-            kept = document >= 0
-            parts: dict[str, list[np.ndarray]] = {hook: [] for hook in config.hooks}
-            for batch in range(0, len(token), config.batch_size):
-                rows = slice(batch, batch + config.batch_size)
-                for hook, x in reader.read(token[rows]).items():
-                    parts[hook].append(x[kept[rows]])  # [b c d] -> [n d]
-                bar.update(token[rows].size)
-            sequence, position = np.nonzero(kept)
-            activations = {hook: np.concatenate(parts.pop(hook)) for hook in config.hooks}
-            for hook, x in activations.items():
-                _check_finite(hook, x, token[kept])
-            writer.write_shard(
-                {
-                    **{f"activations/{hook}": x for hook, x in activations.items()},
-                    "token": token[kept],
-                    "document": document[kept],
-                    "sequence": (sequence + first).astype(np.int32),
-                    "position": position.astype(np.int32),
-                    "sequences/token": token,
-                    "sequences/document": document,
-                }
-            )
+    for first in range(writer.sequences_done, len(packed.token), per_shard):
+        chosen = slice(first, first + per_shard)
+        token, document = packed.token[chosen], packed.document[chosen]
+        kept = document >= 0
+        parts: dict[str, list[np.ndarray]] = {hook: [] for hook in config.hooks}
+        for batch in range(0, len(token), config.batch_size):
+            rows = slice(batch, batch + config.batch_size)
+            for hook, x in reader.read(token[rows]).items():
+                parts[hook].append(x[kept[rows]])  # [b c d] -> [n d]
+            bar.update(token[rows].size)
+        sequence, position = np.nonzero(kept)
+        activations = {hook: np.concatenate(parts.pop(hook)) for hook in config.hooks}
+        for hook, x in activations.items():
+            _check_finite(hook, x, token[kept])
+        writer.write_shard(
+            {
+                **{f"activations/{hook}": x for hook, x in activations.items()},
+                "token": token[kept],
+                "document": document[kept],
+                "sequence": (sequence + first).astype(np.int32),
+                "position": position.astype(np.int32),
+                "sequences/token": token,
+                "sequences/document": document,
+            }
+        )
     writer.finish()
 
 

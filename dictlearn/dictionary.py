@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from dictlearn.codes import SparseCodes
@@ -49,11 +50,14 @@ class Coder(eqx.Module):
     encoder: AbstractEncoder
 
     def encode(
-        self, x: Float[Array, "n d"], *, gradient: Float[Array, "n d"] | None = None
+        self,
+        x: Float[Array | np.ndarray, "n d"],
+        *,
+        gradient: Float[Array | np.ndarray, "n d"] | None = None,
     ) -> SparseCodes:
         """Codes of raw activations."""
         if gradient is not None:
-            gradient = self.normaliser.scale * gradient
+            gradient = self.normaliser.scale * jnp.asarray(gradient)
         x = self.normaliser.normalise(jnp.asarray(x))
         return self.encoder.prepare(self.dictionary).encode(x, gradient=gradient)
 

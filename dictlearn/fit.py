@@ -127,7 +127,7 @@ def _train(
                     line |= {"validation_fvu": seen.fvu, "validation_fvu_bulk": seen.fvu_bulk}
                     if best is None or seen.fvu_bulk < best[0]:
                         best = (seen.fvu_bulk, coder, step)
-                    bar.set_postfix_str(f"validation fvu_bulk {seen.fvu_bulk:.4f}")
+                    bar.set_postfix_str(f"validation fvu_bulk {seen.fvu_bulk:.4f}", refresh=False)
                 log.write(json.dumps(line) + "\n")
                 bar.update()
     except KeyboardInterrupt:

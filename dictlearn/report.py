@@ -44,8 +44,8 @@ def show(path: Path) -> None:
     _CONSOLE.print(_table(metadata, metrics, sibling), soft_wrap=False)
     low, high = metrics["gain_bulk_interval"]
     say(
-        f"The fit removes {_percent(metrics['gain_bulk'])} of the control's fvu_bulk "
-        f"(95 % interval {_percent(low)} to {_percent(high)})."
+        f"fvu_bulk against the control's: {_signed(-metrics['gain_bulk'])} "
+        f"(95 % interval {_signed(-high)} to {_signed(-low)})."
     )
     say(
         "fvu: variance unexplained, lower is better. fvu_bulk leaves out the few dimensions and "
@@ -101,6 +101,10 @@ def _table(
 
 def _interval(pair: list[float]) -> str:
     return f"{pair[0]:.3f} to {pair[1]:.3f}"
+
+
+def _signed(share: float) -> str:
+    return f"{100 * share:+.1f} %"
 
 
 def _percent(share: float) -> str:
