@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,8 +118,8 @@ def _error_line(schema: dict[str, Any], item: Any, prefix: str) -> str:
         case "missing":
             return f"{dotted}: missing, and it has no default"
         case _:
-            message = item["msg"].removeprefix("Input should be ")
-            return f"{dotted}: expected {message}, got {item['input']!r}"
+            message = re.sub(r"^\w+ should (be|have) ", "expected ", item["msg"])
+            return f"{dotted}: {message}, got {item['input']!r}"
 
 
 def _resolve(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:

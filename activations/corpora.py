@@ -55,18 +55,19 @@ class Files:
 
     def documents(self) -> Iterator[str]:
         """Each document's text, file after file."""
-        for pattern in self.paths:
-            found = sorted(
-                path for path in glob.glob(pattern, recursive=True) if Path(path).is_file()
-            )
-            if not found:
-                raise UserError(f"corpus.paths: no file matches {pattern!r}")
-            for path in found:
-                yield from self._read(Path(path))
+        paths = [path for pattern in self.paths for path in self._matches(pattern)]
+        for path in paths:
+            yield from self._read(path)
 
     def identity(self) -> dict[str, Any]:
         """What the text depends on beside this configuration: its tokens' hash says enough."""
         return {}
+
+    def _matches(self, pattern: str) -> list[Path]:
+        found = sorted(path for path in glob.glob(pattern, recursive=True) if Path(path).is_file())
+        if not found:
+            raise UserError(f"corpus.paths: no file matches {pattern!r}")
+        return [Path(path) for path in found]
 
     def _read(self, path: Path) -> Iterator[str]:
         try:
@@ -143,7 +144,12 @@ class HubDataset:
             raise UserError(
                 "a hub data set needs datasets: pip install 'dictlearn-interp[lm]'"
             ) from None
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # our message says it all
         try:
+            if not Path(self.name).exists():
+                # One short question first: without a network, datasets retries for half a minute.
+                hub = importlib.import_module("huggingface_hub")
+                hub.HfApi().dataset_info(self.name, revision=self.revision, timeout=5)
             records: Iterable[dict[str, Any]] = datasets.load_dataset(
                 self.name, self.config, split=self.split, revision=self.revision, streaming=True
             )
@@ -154,7 +160,11 @@ class HubDataset:
                         f"it has {', '.join(record)}"
                     )
                 yield _text(record[self.text_field], self.name, self.text_field)
-        except (OSError, ValueError, RuntimeError) as error:
+        except UserError:
+            raise
+        except (
+            Exception
+        ) as error:  # datasets, pyarrow and the hub's client raise kinds of their own
             reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
             raise UserError(
                 f"data set {self.name} (split {self.split!r}): cannot be read "
@@ -223,14 +233,18 @@ def pack(
         begun = stream.shape[1] > 0 and stream[0, -1] == bos
         mark = _marked(None if begun else bos)
         stream = np.concatenate([stream, mark, np.stack([ids, owner])], axis=1)
-        while stream.shape[1] >= context_length:
-            sequence, stream = np.split(stream, [context_length], axis=1)
-            sequences.append(sequence)
-            rows += int((sequence[1] >= 0).sum())
+        start = 0
+        while start < stream.shape[1]:
+            mark = _marked(None if stream[0, start] == bos else bos)
+            end = start + context_length - mark.shape[1]
+            if end > stream.shape[1]:
+                break
+            sequences.append(np.concatenate([mark, stream[:, start:end]], axis=1))
+            rows += int((sequences[-1][1] >= 0).sum())
             if max_tokens is not None and rows >= max_tokens:
                 return _packed(sequences, exhausted=False)
-            if bos is not None and (stream.shape[1] == 0 or stream[0, 0] != bos):
-                stream = np.concatenate([_marked(bos), stream], axis=1)
+            start = end
+        stream = stream[:, start:]
     if not n_tokens:
         raise UserError("corpus: holds no text")
     if not rows:
@@ -283,6 +297,10 @@ def _without_repeats(documents: Iterable[str]) -> Iterator[str]:
 def _text(value: Any, where: str, field: str) -> str:
     if not isinstance(value, str):
         raise UserError(f"corpus {where}: field {field!r} is {type(value).__name__}, expected text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"corpus {where}: field {field!r} is not text ({error.reason})") from None
     return value
 
 

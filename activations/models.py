@@ -91,9 +91,7 @@ def load(spec: str) -> Model:
     bridge_module = _quiet_import("transformer_lens.model_bridge")
     with _transformers_errors(spec), _quiet():
         tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            directory, local_files_only=True, dtype=torch.float32
-        )
+        model = _weights(spec, directory, local_files_only=True)
         # TransformerLens reads the architecture from here; a text-only Gemma 3 may lack it.
         model.config.architectures = [type(model).__name__]
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -210,13 +208,12 @@ def _from_hub(name: str) -> Path:
         ) from None
     except errors.HFValidationError as error:
         raise UserError(f"model hf:{name}: not a hub id ({error})") from None
-    except (errors.OfflineModeIsEnabled, OSError, errors.HfHubHTTPError) as error:
-        raise UserError(
-            f"model hf:{name}: not in the local cache, and the hub cannot be reached "
-            f"({type(error).__name__}). Go online once, or name a local model (dir:, gguf:)."
-        ) from None
     except Exception as error:
-        if type(error).__module__.partition(".")[0] not in ("httpx", "httpcore", "requests"):
+        # The hub's client lets errors of its HTTP library through: requests, httpx, now httpx2.
+        if not (
+            isinstance(error, OSError)
+            or type(error).__module__.startswith(("httpx", "httpcore", "requests"))
+        ):
             raise
         raise UserError(
             f"model hf:{name}: not in the local cache, and the hub cannot be reached "
@@ -237,11 +234,12 @@ def _packaged_gguf(package: str) -> Path:
     for folder in found.submodule_search_locations:
         if shipped := sorted(Path(folder).rglob("*.gguf")):
             return shipped[0]
-    assemble = getattr(importlib.import_module(package), "assemble", None)
+    with _transformers_errors(f"package:{package}"):
+        assemble = getattr(importlib.import_module(package), "assemble", None)
     if assemble is None:
         raise UserError(f"model package:{package}: the package holds no .gguf file")
     target = _assembled(package)
-    with _exclusive(target):
+    with _exclusive(target), _transformers_errors(f"package:{package}"):
         if not target.exists():
             with _temporary_sibling(target) as temporary:
                 assemble(temporary)
@@ -269,14 +267,12 @@ def _from_gguf(path: Path) -> Path:
 
 
 def _convert_gguf(path: Path, directory: Path, digest: str) -> None:
-    torch, transformers = _quiet_import("torch"), _quiet_import("transformers")
+    transformers = _quiet_import("transformers")
     print(f"converting {path.name} to float32, once (a minute or two) ...", flush=True)
     directory.mkdir()
     with _transformers_errors(f"gguf:{path}"), _quiet():
         tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float32
-        )
+        model = _weights(f"gguf:{path}", path.parent, gguf_file=path.name)
         # The weights in memory are plain float32 now; the marks of the old form forbid saving.
         model.hf_quantizer = None
         model.is_quantized = False
@@ -287,6 +283,19 @@ def _convert_gguf(path: Path, directory: Path, digest: str) -> None:
         tokenizer.save_pretrained(directory)
     facts = {"gguf_sha256": digest, "description": _describe_gguf(path)}
     (directory / "converted.json").write_text(json.dumps(facts, indent=1))
+
+
+def _weights(spec: str, directory: Path, **options: Any) -> Any:
+    """The model with float32 weights, all of them from the files."""
+    model, info = _quiet_import("transformers").AutoModelForCausalLM.from_pretrained(
+        directory, dtype=_quiet_import("torch").float32, output_loading_info=True, **options
+    )
+    if missing := sorted(info["missing_keys"]):  # transformers would leave them random
+        raise UserError(
+            f"model {spec}: the weights lack {len(missing)} of the tensors that config.json asks "
+            f"for, {missing[0]} the first; are they of another model, or of a part of it?"
+        )
+    return model
 
 
 def _describe_gguf(path: Path) -> str:
@@ -310,8 +319,16 @@ def _describe_gguf(path: Path) -> str:
 @contextlib.contextmanager
 def _exclusive(target: Path) -> Iterator[None]:
     """Let one process at a time make `target`; the lock dies with its holder."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(f"{target}.lock"):
+    lock = filelock.FileLock(f"{target}.lock")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        raise UserError(
+            f"cache folder {target.parent}: cannot be written ({error}). "
+            "Name another one in the environment variable DICTLEARN_CACHE."
+        ) from None
+    with contextlib.closing(lock):
         yield
 
 
@@ -353,7 +370,6 @@ def _quiet() -> Iterator[None]:
     """Keep the libraries' progress bars, advice and deprecations off the user's screen."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TQDM_DISABLE", "0")
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -369,6 +385,9 @@ def _transformers_errors(spec: str) -> Iterator[None]:
     """A file that the libraries cannot read is the user's to mend, not ours to trace back."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"model {spec}: cannot be loaded: {first}") from error
+    except UserError:
+        raise
+    except Exception as error:  # safetensors, tokenizers and transformers raise kinds of their own
+        first = str(error).strip().partition("\n")[0]
+        reason = f"{type(error).__name__}: {first}"
+        raise UserError(f"model {spec}: cannot be loaded ({reason})") from error

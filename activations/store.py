@@ -102,8 +102,10 @@ def read_manifest(path: Path) -> Manifest | None:
     try:
         table = json.loads(file.read_text())
     except (FileNotFoundError, NotADirectoryError):
-        if path.exists() and (not path.is_dir() or any(path.glob("shard-*.h5"))):
-            raise StoreError(f"{path}: is there, but is no store (it has no {MANIFEST})") from None
+        if path.exists() and (not path.is_dir() or any(map(_is_foreign, path.iterdir()))):
+            raise StoreError(
+                f"{path}: is there, but is no store (it has no {MANIFEST}). Name another place."
+            ) from None
         return None
     except (OSError, ValueError) as error:
         raise StoreError(f"{file}: cannot be read as a manifest ({error})") from None
@@ -113,6 +115,11 @@ def read_manifest(path: Path) -> Manifest | None:
             "Update dictlearn-interp, or harvest again."
         )
     return validate(Manifest, table, str(file))
+
+
+def _is_foreign(file: Path) -> bool:
+    """Whether a file is none of those that stand in a store before its manifest does."""
+    return not file.name.startswith(".") and file.name != f"{MANIFEST}.partial"
 
 
 class Store:
@@ -182,7 +189,9 @@ class Store:
         """
         self.width(hook)
         x = self.read(shard, f"activations/{hook}")
-        if not np.isfinite(x.sum(dtype=np.float64)):  # one pass, and no array of flags
+        with np.errstate(invalid="ignore"):  # inf - inf
+            total = x.sum(dtype=np.float64)  # one pass, and no array of flags
+        if not np.isfinite(total):
             finite = np.isfinite(x).all(axis=1)
             if not finite.all():
                 row = int(np.argmin(finite))
@@ -235,6 +244,8 @@ class StoreWriter:
             sha256=hashlib.sha256(image).hexdigest(),
         )
         with self._room():
+            if not self.manifest.shards:  # from here on the directory is a store, whatever happens
+                self._save(self.manifest)
             replace_file(self.path / name, image)
             self._save(dataclasses.replace(self.manifest, shards=(*self.manifest.shards, shard)))
 

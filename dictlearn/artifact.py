@@ -7,8 +7,12 @@ it also holds a file UNFINISHED that says how far it came.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +53,82 @@ class Run:
     metrics: dict[str, Any]
 
 
+def check_place(output: Path | None, *, overwrite: bool) -> None:
+    """Judge the place that a user named for a run, before anything is begun.
+
+    Raises:
+      UserError: it holds a run and may not be overwritten, or it holds something else.
+    """
+    if overwrite and output is None:
+        raise UserError("--overwrite: the config names no output; each run gets a fresh directory")
+    if output is None or not output.exists():
+        return
+    ours = any((output / name).exists() for name in (METADATA, UNFINISHED))
+    if not output.is_dir() or (any(output.iterdir()) and not ours):
+        raise UserError(f"output: {output} is there, and is not a run; name another place")
+    if ours and not overwrite:
+        state = "an unfinished" if (output / UNFINISHED).exists() else "a finished"
+        raise UserError(
+            f"output: {output} already holds {state} run; "
+            "pass --overwrite to replace it, or name another place"
+        )
+
+
+@contextlib.contextmanager
+def directory(output: Path | None, name: str) -> Iterator[Path]:
+    """A directory for a run: `output`, or a fresh runs/<name>-NNN. It says UNFINISHED meanwhile.
+
+    A run that it replaces is kept until this one is done. After a user's mistake or on a full disk
+    the directory is removed; after Ctrl-C it stays, and says so.
+
+    Raises:
+      UserError: the place cannot be written to, or the disk is full.
+    """
+    old = None
+    try:
+        if output is None:
+            run = _fresh(Path("runs"), name)
+        else:
+            run = output
+            if run.exists():
+                old = run.with_name(f".{run.name}.replaced")
+                if old.exists():  # an earlier replacement was killed: its beginning can go
+                    shutil.rmtree(run)
+                else:
+                    run.rename(old)
+            run.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"output: no run can be written there ({error})") from None
+    try:
+        replace_file(run / UNFINISHED, b"it is running, or was killed. Fit again.")
+        yield run
+        (run / UNFINISHED).unlink()
+    except (UserError, OSError) as error:
+        shutil.rmtree(run)
+        if old is not None:
+            old.rename(run)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"{run}: no space left on the device; the run was removed. Free some space and "
+                "fit again."
+            ) from None
+        raise
+    if old is not None:
+        shutil.rmtree(old)
+
+
+def _fresh(folder: Path, name: str) -> Path:
+    """runs/<name>-NNN with the next free number, also when two fits ask at once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    taken = [path.name.removeprefix(f"{name}-") for path in folder.glob(f"{name}-*")]
+    number = max((int(text) for text in taken if text.isdigit()), default=0)
+    while True:
+        number += 1
+        with contextlib.suppress(FileExistsError):
+            (folder / f"{name}-{number:03d}").mkdir()
+            return folder / f"{name}-{number:03d}"
+
+
 def save(path: Path, coder: Coder, metadata: dict[str, Any], metrics: dict[str, Any]) -> None:
     """Write a run's dictionary and figures into its directory, each file whole or not at all."""
     arrays: dict[str, np.ndarray] = {}
@@ -82,6 +162,14 @@ def load(path: Path | str) -> Run:
             f"{file}: is not a dictionary that this version can read "
             f"({type(error).__name__}: {error})"
         ) from None
+    m, d = coder.dictionary.atoms.shape if coder.dictionary.atoms.ndim == 2 else (0, 0)
+    shapes = (
+        coder.dictionary.bias.shape,
+        coder.normaliser.mean.shape,
+        coder.normaliser.scale.shape,
+    )
+    if not m or shapes != ((d,), (d,), ()):
+        raise ArtifactError(f"{file}: the shapes of its arrays do not fit together")
     if not all(np.isfinite(array).all() for array in arrays.values()):
         raise ArtifactError(f"{file}: holds NaN or infinity")
     return Run(path, coder, metadata, metrics)
@@ -122,7 +210,7 @@ def _take_apart(module: Any, prefix: str, arrays: dict[str, np.ndarray]) -> dict
         if isinstance(value, eqx.Module):
             table[field.name] = _take_apart(value, f"{prefix}{field.name}.", arrays)
         elif isinstance(value, jax.Array):
-            arrays[prefix + field.name] = np.ascontiguousarray(value)
+            arrays[prefix + field.name] = np.asarray(value, order="C")
         else:
             table[field.name] = value
     return table

@@ -19,7 +19,7 @@ class Dictionary(eqx.Module):
 
     def decode(self, codes: SparseCodes) -> Float[Array, "n d"]:
         """The rows that the codes stand for."""
-        return codes.decode(self.atoms) + self.bias
+        return codes.decode(self.atoms) + self.bias[None]
 
 
 class Normaliser(eqx.Module):
@@ -30,11 +30,11 @@ class Normaliser(eqx.Module):
 
     def normalise(self, x: Float[Array, "n d"]) -> Float[Array, "n d"]:
         """Raw activations to the units that solvers and encoders see."""
-        return (x - self.mean) / self.scale
+        return (x - self.mean[None]) / self.scale
 
     def restore(self, x: Float[Array, "n d"]) -> Float[Array, "n d"]:
         """The inverse of `normalise`."""
-        return x * self.scale + self.mean
+        return x * self.scale + self.mean[None]
 
 
 class Coder(eqx.Module):

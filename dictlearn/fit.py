@@ -9,15 +9,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import errno
 import importlib.metadata
 import json
 import math
-import shutil
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -26,7 +22,7 @@ import jax.numpy as jnp
 import tomli_w
 
 from activations.config import read_toml, validate
-from activations.store import Store, read_manifest, replace_file
+from activations.store import Store, replace_file
 from activations.terminal import UserError, progress, run_command
 from dictlearn import artifact, heldout, report
 from dictlearn.config import FitConfig
@@ -52,7 +48,7 @@ def fit(config: FitConfig, *, where: str = "config", overwrite: bool = False) ->
     Raises:
       UserError: the config, the store or the output cannot be used; a step gave NaN.
     """
-    _check_output(config, overwrite)
+    artifact.check_place(config.output, overwrite=overwrite)
     recipe = _recipe(config, where)
     if recipe is not None:
         _make_store(recipe)
@@ -78,7 +74,7 @@ def fit(config: FitConfig, *, where: str = "config", overwrite: bool = False) ->
             f"rows, but there are only {n_train:,} training rows. Use fewer, or harvest more text."
         )
     normaliser, bulk = statistics(parts["train"])
-    with _run_directory(config, overwrite) as run:
+    with artifact.directory(config.output, config.name) as run:
         replace_file(run / "config.toml", tomli_w.dumps(_resolved(config, recipe)).encode())
         started = time.monotonic()
         coder, step = _train(config, parts, normaliser, bulk, run)
@@ -86,7 +82,6 @@ def fit(config: FitConfig, *, where: str = "config", overwrite: bool = False) ->
         metrics = _measure(config, coder, parts, bulk)
         metrics |= {"seconds": seconds, "best_step": step}
         artifact.save(run, coder, _metadata(config, store, parts), metrics)
-        (run / artifact.UNFINISHED).unlink()
     return run
 
 
@@ -138,7 +133,7 @@ def _train(
     return best[1], best[2]
 
 
-def steps(rows: float, size: int) -> int:
+def steps(rows: int | float, size: int) -> int:
     """How many batches see so many rows."""
     return max(1, math.ceil(rows / size))
 
@@ -184,72 +179,8 @@ def _make_store(recipe: HarvestConfig) -> None:
 
     if harvest.found(recipe):
         report.say(f"store {recipe.store}: found, nothing to harvest")
-        return
-    harvest.harvest(recipe)
-
-
-def _check_output(config: FitConfig, overwrite: bool) -> None:
-    """Judge a place that the user named, before anything is begun."""
-    if overwrite and config.output is None:
-        raise UserError("--overwrite: the config names no output; each run gets a fresh directory")
-    if config.output is None or not config.output.exists():
-        return
-    ours = any((config.output / name).exists() for name in (artifact.METADATA, artifact.UNFINISHED))
-    if not config.output.is_dir() or (any(config.output.iterdir()) and not ours):
-        raise UserError(f"output: {config.output} is there, and is not a run; name another place")
-    if ours and not overwrite:
-        state = "an unfinished" if (config.output / artifact.UNFINISHED).exists() else "a finished"
-        raise UserError(
-            f"output: {config.output} already holds {state} run; "
-            "pass --overwrite to replace it, or name another place"
-        )
-
-
-@contextmanager
-def _run_directory(config: FitConfig, overwrite: bool) -> Iterator[Path]:
-    """A fresh directory that says UNFINISHED; a run that it replaces is kept until this is done.
-
-    After a user's mistake, or on a full disk, it is removed; after Ctrl-C it stays.
-    """
-    old = None
-    if config.output is None:
-        run = _fresh(Path("runs"), config.name)
     else:
-        run = config.output
-        if overwrite and run.exists():
-            old = run.with_name(f".{run.name}.replaced")
-            shutil.rmtree(old, ignore_errors=True)
-            run.rename(old)
-        run.mkdir(parents=True, exist_ok=True)
-    try:
-        replace_file(run / artifact.UNFINISHED, b"it is running, or was killed. Fit again.")
-        yield run
-    except (UserError, OSError) as error:
-        shutil.rmtree(run)
-        if old is not None:
-            old.rename(run)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"{run}: no space left on the device; the run was removed. Free some space and "
-                "fit again."
-            ) from None
-        raise
-    if old is not None:
-        shutil.rmtree(old)
-
-
-def _fresh(folder: Path, name: str) -> Path:
-    """runs/<name>-NNN with the next free number, also when two fits ask at once."""
-    folder.mkdir(parents=True, exist_ok=True)
-    taken = [path.name.rpartition("-")[2] for path in folder.glob(f"{name}-*")]
-    number = max((int(text) for text in taken if text.isdigit()), default=0)
-    while True:
-        number += 1
-        try:
-            (folder / f"{name}-{number:03d}").mkdir()
-        except FileExistsError:
-            continue
-        return folder / f"{name}-{number:03d}"
+        harvest.harvest(recipe)
 
 
 def _resolved(config: FitConfig, recipe: HarvestConfig | None) -> dict[str, Any]:
@@ -308,36 +239,37 @@ def _commit() -> str | None:
 
 
 def plan(config: FitConfig, where: str, *, overwrite: bool) -> dict[str, str]:
-    """What a fit would do, for `--dry-run`: nothing is loaded, converted or written."""
-    _check_output(config, overwrite)
+    """What a fit would do, for `--dry-run`: nothing is loaded, fetched, converted or written."""
+    artifact.check_place(config.output, overwrite=overwrite)
     recipe = _recipe(config, where)
-    manifest = read_manifest(config.data.store)
-    lines = {"store": str(config.data.store)}
+    unknown = "unknown before the model and the corpus are read"
+    lines = {"store": str(config.data.store), "harvest": "nothing: the store is there"}
+    missing = None
     if recipe is not None:
         from activations import harvest, models
 
-        have = harvest.found(recipe)
-        rows, width = recipe.max_tokens, models.width(recipe.model)
-        lines["harvest"] = "found, nothing to harvest" if have else f"from {recipe.model}"
+        if not harvest.found(recipe):
+            missing = recipe.max_tokens, models.width(recipe.model)
+    if recipe is not None and missing is not None:
+        lines["harvest"] = f"from {recipe.model}"
+        (rows, width), about, size = missing, "at most about ", None
+        if rows is not None and width is not None:
+            size = rows * (4 * width * len(recipe.hooks) + 24)  # rows, columns, sequences
     else:
-        have, rows, width = True, None, None
-    if have:
         store = Store(config.data.store)
         rows, width = len(store), store.width(config.data.hook)
-    lines["tokens"] = "unknown before the corpus is read" if rows is None else f"{rows:,}"
-    if not have and rows is not None:
-        lines["tokens"] = f"at most about {rows:,}"
+        about, size = "", sum(shard.bytes for shard in store.manifest.shards)
+    lines["tokens"] = f"{about}{rows:,}" if rows is not None else unknown
+    lines["bytes on disk"] = f"{about}{size:,}" if size is not None else unknown
+    lines["steps"] = lines["memory"] = unknown
     if rows is not None:
         train = (1 - config.data.validation - config.data.test) * rows
-        lines["steps"] = f"{steps(config.fit.epochs * train, config.fit.batch_size):,}"
+        n_steps = steps(config.fit.epochs * train, config.fit.batch_size)
+        lines["steps"] = f"about {n_steps:,} of {config.fit.batch_size:,} rows"
         if width is not None:
-            n_hooks = len(recipe.hooks) if recipe is not None else 1
-            size = sum(s.bytes for s in manifest.shards) if manifest else 0
-            size = size if have else rows * (4 * width * n_hooks + 24)
-            lines["bytes on disk"] = f"{size:,}"
             held = min(4 * width * train, config.data.memory_mib * 2**20)
             need = held + config.solver.memory(config.fit.batch_size, width)
-            lines["memory of the fit"] = f"about {need / 2**30:.1f} GiB"
+            lines["memory"] = f"about {need / 2**30:.1f} GiB for rows and solver"
     lines["run"] = str(config.output or f"runs/{config.name}-NNN")
     return lines
 

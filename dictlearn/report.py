@@ -25,7 +25,7 @@ def show_plan(lines: dict[str, str]) -> None:
     """What a dry run found."""
     say("dry run: nothing is read from a model, nothing is written")
     for key, value in lines.items():
-        say(f"  {key:18} {value}")
+        say(f"  {key:15} {value}")
 
 
 def show(path: Path) -> None:

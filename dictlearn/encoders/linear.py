@@ -57,5 +57,5 @@ class _PreparedLinear(AbstractPrepared):
 
 @eqx.filter_jit
 def _encode(prepared: _PreparedLinear, x: Float[Array, "n d"]) -> SparseCodes:
-    u = jnp.matmul(x - prepared.centre, prepared.weight.T) + prepared.bias
+    u = jnp.matmul(x - prepared.centre[None], prepared.weight.T) + prepared.bias[None]
     return prepared.activation(u)

@@ -25,7 +25,7 @@ class Info(eqx.Module):
     """What one step tells, the same fields for every solver, all measured before the update.
 
     `objective` is what the solver minimises on this batch; `fvu` uses the batch's own mean; `dead`
-    counts atoms that have not been used for `dead_after` rows.
+    counts atoms that have not been used for `dead_after` rows, this batch's included.
     """
 
     objective: Float[Array, ""]

@@ -133,7 +133,7 @@ def _update(
     atoms, since = _replace_dead(atoms, since, dead, residual)
     info = Info(
         objective=objective,
-        fvu=objective / jnp.mean(jnp.sum((x - x.mean(axis=0)) ** 2, axis=1)),
+        fvu=objective / jnp.mean(jnp.sum((x - x.mean(axis=0, keepdims=True)) ** 2, axis=1)),
         l0=codes.l0().mean(dtype=x.dtype),
         dead=dead.sum(),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import equinox as eqx
 import jax
@@ -124,14 +124,14 @@ _OPTIMISER = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
 def _step(solver: TopKSAE, state: _SAEState, x: Float[Array, "n d"]) -> tuple[_SAEState, Info]:
     n, _ = x.shape
     dead = state.rows_since_used >= solver.dead_after
-    variance = jnp.mean(jnp.sum((x - x.mean(axis=0)) ** 2, axis=1))
+    variance = jnp.mean(jnp.sum((x - x.mean(axis=0, keepdims=True)) ** 2, axis=1))
 
     def loss(parameters: _Parameters) -> tuple[Array, tuple[Array, SparseCodes]]:
         dictionary, encoder = parameters
-        u = (x - dictionary.bias) @ encoder.weight.T + encoder.bias
+        u = (x - dictionary.bias[None]) @ encoder.weight.T + encoder.bias[None]
         codes = encoder.activation(u)
         # Dense, since on a CPU at m of a few thousand one product beats k gathers, both ways.
-        error = x - (codes.dense() @ dictionary.atoms + dictionary.bias)
+        error = x - (codes.dense() @ dictionary.atoms + dictionary.bias[None])
         objective = jnp.mean(jnp.sum(error**2, axis=1))
         aux = jax.lax.cond(
             dead.any(),
@@ -143,7 +143,8 @@ def _step(solver: TopKSAE, state: _SAEState, x: Float[Array, "n d"]) -> tuple[_S
 
     (_, (objective, codes)), gradient = jax.value_and_grad(loss, has_aux=True)(state.parameters)
     gradient = eqx.tree_at(_atoms, gradient, _across(_atoms(gradient), _atoms(state.parameters)))
-    updates, optimiser = _OPTIMISER.update(gradient, state.optimiser)
+    with jax.numpy_dtype_promotion("standard"):  # Optax raises floats to integer powers
+        updates, optimiser = _OPTIMISER.update(gradient, state.optimiser)
     rate = _rate(solver, optax.tree.get(optimiser, "count"), state.n_steps)
     parameters = jax.tree.map(lambda p, u: p - rate * u, state.parameters, updates)
     parameters = eqx.tree_at(_atoms, parameters, unit_rows(_atoms(parameters)))
@@ -154,7 +155,7 @@ def _step(solver: TopKSAE, state: _SAEState, x: Float[Array, "n d"]) -> tuple[_S
         objective=objective,
         fvu=objective / variance,
         l0=codes.l0().mean(dtype=x.dtype),
-        dead=dead.sum(),
+        dead=(since >= solver.dead_after).sum(),
     )
     return _SAEState(parameters, optimiser, state.n_steps, since), info
 
@@ -168,7 +169,7 @@ def _aux(
 ) -> Float[Array, ""]:
     """How well the dead latents reconstruct the error, as a fraction of its square."""
     top = TopK(min(solver.aux_k, solver.n_atoms))
-    codes = top(jnp.where(dead, u, -jnp.inf))
+    codes = top(jnp.where(dead[None], u, -jnp.inf))
     left = error - codes.dense() @ atoms
     square = jnp.mean(error**2)
     return jnp.mean(left**2) / jnp.where(square > 0, square, 1)
@@ -184,7 +185,7 @@ def _best_scale(
     return jnp.where(square > 0, jnp.vdot(x, x_hat) / jnp.where(square > 0, square, 1), 1)
 
 
-def _atoms(parameters: _Parameters) -> Array:
+def _atoms(parameters: _Parameters) -> Any:  # not Array: tree_at asks with markers in its place
     return parameters[0].atoms
 
 

@@ -1,0 +1,138 @@
+"""OMP against scikit-learn, least squares and its own laws."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn.linear_model import orthogonal_mp
+
+from dictlearn.dictionary import Dictionary
+from dictlearn.encoders.omp import OMP
+
+# (rows, m, d, k). Tiles hold 1,024 rows: fewer, one more, and not a multiple.
+SHAPES = [(700, 64, 32, 5), (1025, 48, 24, 8), (1100, 128, 16, 3), (200, 20, 20, 10)]
+
+
+def problem(n: int, m: int, d: int, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Random rows [n d] and unit atoms [m d]."""
+    rng = np.random.default_rng(seed)
+    atoms = rng.standard_normal((m, d))
+    return rng.standard_normal((n, d)), atoms / np.linalg.norm(atoms, axis=1, keepdims=True)
+
+
+def encode(x: np.ndarray, atoms: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Codes [n m] and residuals [n d], in the precision of x."""
+    dictionary = Dictionary(jnp.asarray(atoms, x.dtype), jnp.zeros(x.shape[1], x.dtype))
+    codes = OMP(k=k).prepare(dictionary).encode(jnp.asarray(x))
+    assert codes.values.dtype == x.dtype
+    return np.asarray(codes.dense()), x - np.asarray(dictionary.decode(codes))
+
+
+def least_squares(x: np.ndarray, atoms: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """Norms [n] of what is left of each row by the best fit on its support, in float64."""
+    left = []
+    for row, used in zip(x.astype(np.float64), codes != 0, strict=True):
+        support = atoms[used].astype(np.float64).T
+        left.append(row - support @ np.linalg.lstsq(support, row, rcond=1e-10)[0])
+    return np.linalg.norm(left, axis=1)
+
+
+def test_float64_equals_scikit_learn() -> None:
+    rows = same = 0
+    for seed, (n, m, d, k) in enumerate(SHAPES):
+        x, atoms = problem(n, m, d, seed=seed)
+        with jax.enable_x64(True):
+            ours = encode(x, atoms, k)[0]
+        theirs = orthogonal_mp(atoms.T, x.T, n_nonzero_coefs=k).T
+        rows += n
+        same += np.isclose(ours, theirs, rtol=1e-9, atol=1e-11).all(axis=1).sum()
+    assert rows >= 2000
+    assert same / rows >= 0.999
+
+
+@pytest.mark.parametrize(("n", "m", "d", "k"), SHAPES)
+def test_float32_leaves_as_much_as_scikit_learn(n: int, m: int, d: int, k: int) -> None:
+    x, atoms = problem(n, m, d, seed=5)
+    theirs = np.sum((x - orthogonal_mp(atoms.T, x.T, n_nonzero_coefs=k).T @ atoms) ** 2)
+    residual = encode(x.astype(np.float32), atoms, k)[1]
+    assert np.sum(residual.astype(np.float64) ** 2) == pytest.approx(theirs, rel=1e-4)
+
+
+def test_residual_is_orthogonal_to_the_support() -> None:
+    x, atoms = problem(300, 64, 32, seed=6)
+    codes, residual = encode(x.astype(np.float32), atoms, 6)
+    used = codes != 0
+    cosine = residual @ atoms.T / np.linalg.norm(residual, axis=1, keepdims=True)
+    assert np.abs(cosine[used]).max() < 1e-5
+    assert np.abs(cosine[~used]).max() > 0.1
+
+
+def test_one_more_nonzero_keeps_the_support() -> None:
+    """Greedy: the first k choices do not depend on how many follow."""
+    x, atoms = problem(100, 40, 20, seed=7)
+    few, many = (encode(x.astype(np.float32), atoms, k)[0] != 0 for k in (4, 5))
+    assert not (few & ~many).any()
+    assert (many.sum(axis=1) == 5).all()
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_norms_of_atoms_do_not_matter(k: int) -> None:
+    """Powers of two scale exactly, so the same atoms are chosen."""
+    x, atoms = problem(300, 40, 20, seed=8)
+    norms = 2.0 ** np.random.default_rng(9).integers(-8, 9, (40, 1))
+    x = x.astype(np.float32)
+    (unit, residual), (scaled, other) = encode(x, atoms, k), encode(x, atoms * norms, k)
+    np.testing.assert_allclose(scaled * norms.T, unit, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(residual, other, atol=1e-5)
+
+
+def duplicates(x: np.ndarray, atoms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return x, np.repeat(atoms[: len(atoms) // 2], 2, axis=0)
+
+
+def near_parallel(x: np.ndarray, atoms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs of atoms at angles of 1e-7 to 0.1, and rows in the plane of a pair."""
+    half = len(atoms) // 2
+    atoms[half:] = atoms[:half] + np.geomspace(1e-7, 0.1, half)[:, None] * atoms[half:]
+    pair = np.arange(len(x)) % half
+    return atoms[pair] + np.linspace(-1, 1, len(x))[:, None] * atoms[half + pair], atoms
+
+
+def low_rank(x: np.ndarray, atoms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Atoms that span 3 dimensions."""
+    return x, atoms[:, :3] @ np.random.default_rng(10).standard_normal((3, x.shape[1]))
+
+
+@pytest.mark.parametrize("k", [2, 8])
+@pytest.mark.parametrize("hard", [duplicates, near_parallel, low_rank])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_dependent_atoms_leave_as_little_as_least_squares(
+    hard: Callable[..., tuple[np.ndarray, np.ndarray]], k: int, dtype: type[np.floating]
+) -> None:
+    """The slack is that of atoms within the angle at which they count as dependent."""
+    x, atoms = hard(*problem(200, 32, 16, seed=11))
+    x, atoms = x.astype(dtype), atoms.astype(dtype)
+    with jax.enable_x64(dtype is np.float64):
+        codes, residual = encode(x, atoms, k)
+    assert np.isfinite(codes).all()
+    slack = 10 * np.sqrt(np.finfo(dtype).eps) * np.linalg.norm(x, axis=1)
+    assert (np.linalg.norm(residual, axis=1) <= least_squares(x, atoms, codes) + slack).all()
+
+
+def test_more_nonzeros_than_the_rank_reach_the_projection() -> None:
+    x, atoms = low_rank(*problem(200, 32, 16, seed=12))
+    codes, residual = encode(x.astype(np.float32), atoms.astype(np.float32), 8)
+    projection = np.linalg.pinv(atoms) @ atoms
+    np.testing.assert_allclose(residual, x - x @ projection, atol=1e-3)
+    assert ((codes != 0).sum(axis=1) <= 4).all()  # 3 dimensions, and one for what rounding leaves
+
+
+def test_bias_is_taken_off_first() -> None:
+    x, atoms = problem(50, 32, 16, seed=13)
+    bias = jnp.arange(16, dtype=jnp.float32)
+    plain = encode(x.astype(np.float32), atoms, 4)[0]
+    shifted = OMP(k=4).prepare(Dictionary(jnp.asarray(atoms, jnp.float32), bias))
+    codes = shifted.encode(jnp.asarray(x, jnp.float32) + bias[None])
+    np.testing.assert_allclose(codes.dense(), plain, atol=1e-4)
