@@ -13,6 +13,7 @@ import difflib
 import importlib
 import importlib.metadata
 import re
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -210,11 +211,13 @@ class HookReader:
         for hook in hooks:
             _check_hook(hook, bridge.hook_dict, bridge.cfg.n_layers)
         self.stop_at_layer = _stop_at_layer(hooks)
-        probe = self.read(np.zeros((1, 2), np.int32))
+        with warnings.catch_warnings():  # TransformerLens's about silent hooks; ours says more
+            warnings.simplefilter("ignore", UserWarning)
+            probe = self.read(np.zeros((2, 3), np.int32))
         for hook, x in probe.items():
-            if x.ndim != 3 or x.shape[:2] != (1, 2):
+            if x.ndim != 3 or x.shape[:2] != (2, 3):
                 raise UserError(
-                    f"hooks: {hook} gives an array of shape {list(x.shape)} for 1 sequence of 2 "
+                    f"hooks: {hook} gives an array of shape {list(x.shape)} for 2 sequences of 3 "
                     "tokens; expected one vector a position, as blocks.N.hook_resid_post gives"
                 )
         self.widths = {hook: x.shape[2] for hook, x in probe.items()}
@@ -229,7 +232,13 @@ class HookReader:
                 stop_at_layer=self.stop_at_layer,
                 return_type=None,
             )
-        return {hook: cache[hook].to(torch.float32).cpu().numpy() for hook in self._hooks}
+        try:
+            seen = {hook: cache[hook] for hook in self._hooks}
+        except KeyError as error:
+            raise UserError(
+                f"hooks: {error.args[0]} saw nothing: the model has this hook, but does not use it"
+            ) from None
+        return {hook: x.to(torch.float32).cpu().numpy() for hook, x in seen.items()}
 
 
 def _stop_at_layer(hooks: tuple[str, ...]) -> int | None:
@@ -253,7 +262,7 @@ def _check_hook(hook: str, known: Any, n_layers: int) -> None:
             f"hooks: {hook}: layer {match[1]} is out of range; the model has layers 0 to "
             f"{n_layers - 1}"
         )
-    near = difflib.get_close_matches(hook, known, n=3, cutoff=0.3)
+    near = difflib.get_close_matches(hook, known, n=3, cutoff=0.3) or ["blocks.0.hook_resid_post"]
     raise UserError(f"hooks: the model has no hook {hook!r}; the nearest are {', '.join(near)}")
 
 

