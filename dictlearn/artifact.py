@@ -12,6 +12,7 @@ import dataclasses
 import errno
 import json
 import shutil
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
+from jaxtyping import jaxtyped
 
 from activations.store import replace_file
 from activations.terminal import UserError
@@ -162,14 +164,9 @@ def load(path: Path | str) -> Run:
             f"{file}: is not a dictionary that this version can read "
             f"({type(error).__name__}: {error})"
         ) from None
-    m, d = coder.dictionary.atoms.shape if coder.dictionary.atoms.ndim == 2 else (0, 0)
-    shapes = (
-        coder.dictionary.bias.shape,
-        coder.normaliser.mean.shape,
-        coder.normaliser.scale.shape,
-    )
-    if not m or shapes != ((d,), (d,), ()):
-        raise ArtifactError(f"{file}: the shapes of its arrays do not fit together")
+    with jaxtyped("context"):  # m and d are the same throughout
+        if not all(isinstance(array, hint) for array, hint in _declared(coder)):
+            raise ArtifactError(f"{file}: its arrays do not fit together, or hold no floats")
     if not all(np.isfinite(array).all() for array in arrays.values()):
         raise ArtifactError(f"{file}: holds NaN or infinity")
     return Run(path, coder, metadata, metrics)
@@ -228,6 +225,16 @@ def _put_together(table: dict[str, Any], prefix: str, arrays: dict[str, np.ndarr
         else:
             values[field.name] = table[field.name]
     return kind(**values)
+
+
+def _declared(module: Any) -> Iterator[tuple[jax.Array, Any]]:
+    """Every array of a module and of those inside, with its field's annotation."""
+    for name, hint in typing.get_type_hints(type(module)).items():
+        value = getattr(module, name)
+        if isinstance(value, eqx.Module):
+            yield from _declared(value)
+        elif isinstance(value, jax.Array):
+            yield value, hint
 
 
 def _arrays(arrays: dict[str, np.ndarray], prefix: str, *names: str) -> list[jax.Array]:

@@ -105,11 +105,12 @@ def split_by_document(
     free = np.random.default_rng(seed).permutation(len(ids))
     parts = {}
     for name, share in (("test", test), ("validation", validation)):
-        wanted = share * counts.sum()
+        room = share * counts.sum()
         taken: list[int] = []
         for index in free:
-            if counts[taken].sum() + counts[index] <= wanted:
+            if counts[index] <= room:
                 taken.append(int(index))
+                room -= counts[index]
         if not taken:  # every document is greater than the share: the smallest will do
             taken = [int(free[np.argmin(counts[free])])]
         parts[name] = taken

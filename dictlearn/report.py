@@ -43,15 +43,13 @@ def show(path: Path) -> None:
     say("")
     _CONSOLE.print(_table(metadata, metrics, sibling), soft_wrap=False)
     low, high = metrics["gain_bulk_interval"]
+    say("")
     say(
         f"fvu_bulk against the control's: {_signed(-metrics['gain_bulk'])} "
         f"(95 % interval {_signed(-high)} to {_signed(-low)})."
     )
-    say(
-        "fvu: variance unexplained, lower is better. fvu_bulk leaves out the few dimensions and "
-        "rows that hold most variance."
-    )
-    say("Lower error is not truer features.")
+    say("fvu is the variance unexplained, lower is better; fvu_bulk leaves out the few dimensions")
+    say("and rows that hold most of the variance. Lower error is not truer features.")
     say("")
     say("Try next:")
     for line in _next(path, metadata, sibling):
@@ -138,11 +136,12 @@ def _next(
     sibling: tuple[Path, dict[str, Any], dict[str, Any]] | None,
 ) -> list[str]:
     key = "solver.k" if "k" in metadata["solver"] else "solver.encoder.k"
-    lines = [f"python -m dictlearn.fit CONFIG --set {key}={max(1, _sparsity(metadata) // 2)}"]
+    half = max(1, _sparsity(metadata) // 2)
+    lines = [f"python -m dictlearn.fit {path / 'config.toml'} --set {key}={half}"]
     if sibling is None and metadata["name"] == "quickstart":
         sae = "python -m dictlearn.fit experiments/quickstart-sae.toml"
-        lines.insert(0, f"{sae}    # a TopK SAE on the same store, for comparison")
-    lines.append(f'run = dictlearn.load("{path}")    # in Python; see "Look at features" in README')
+        lines.insert(0, f"{sae}   (a TopK SAE, to compare)")
+    lines.append(f'in Python: run = dictlearn.load("{path}"); see "Look at features" in README.md')
     return lines
 
 

@@ -152,8 +152,8 @@ def test_all_four_kinds_give_the_logits_of_the_original(
     specs = [f"dir:{tiny_model_dir}", f"gguf:{tiny_gguf}"]
     specs += ["package:tiny_shipped", "package:tiny_in_parts"]
     for spec in specs:
-        assert models.width(spec) == 16
         model = models.load(spec)
+        assert models.width(spec) == 16
         with torch.inference_mode():
             torch.testing.assert_close(model.bridge(ids), wanted, rtol=1e-6, atol=1e-6)
         assert model.identity.spec == spec
