@@ -79,6 +79,9 @@ class HarvestConfig:
 def found(config: HarvestConfig) -> bool:
     """Whether the store that `config` asks for is already there, complete.
 
+    A model named by a path is compared by its weights; text is not read again, so that files
+    changed under the same names are not noticed.
+
     Raises:
       StoreError: another store is there (the differing keys are named).
     """
@@ -90,6 +93,12 @@ def found(config: HarvestConfig) -> bool:
             f"{config.store}: holds a store of another harvest:\n  "
             + "\n  ".join(differing)
             + "\nName another store, mend the config, or delete the store."
+        )
+    now, then = models.weights_now(config.model), manifest.model.get("weights_sha256")
+    if now is not None and now != then:
+        raise StoreError(
+            f"{config.store}: was made by other weights than {config.model} holds now "
+            f"(sha256 {str(then)[:12]}, now {now[:12]}). Name another store, or delete this one."
         )
     return manifest.complete
 

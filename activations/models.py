@@ -113,7 +113,7 @@ def identify(spec: str, directory: Path) -> ModelIdentity:
         weights = tokenizer = facts["gguf_sha256"]
         description = facts["description"]
     else:
-        weights = files_sha256(*(p for glob in WEIGHT_FILES for p in sorted(directory.glob(glob))))
+        weights = _weights_sha256(directory)
         names = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
         tokenizer = files_sha256(
             *(directory / name for name in names if (directory / name).exists())
@@ -121,6 +121,21 @@ def identify(spec: str, directory: Path) -> ModelIdentity:
         description = spec.partition(":")[2]
     architecture = (config.get("architectures") or [config.get("model_type", "unknown")])[0]
     return ModelIdentity(spec, description, architecture, weights, tokenizer)
+
+
+def weights_now(spec: str) -> str | None:
+    """`weights_sha256` of a model named by a path that is there, else None; nothing is loaded."""
+    kind, _, name = spec.partition(":")
+    path = Path(name)
+    if kind == "gguf" and path.is_file():
+        return files_sha256(path)
+    if kind == "dir" and path.is_dir():
+        return _weights_sha256(path)
+    return None
+
+
+def _weights_sha256(directory: Path) -> str:
+    return files_sha256(*(p for glob in WEIGHT_FILES for p in sorted(directory.glob(glob))))
 
 
 def fetch(spec: str) -> Path:

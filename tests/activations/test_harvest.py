@@ -349,5 +349,26 @@ def test_nan_for_a_late_token_keeps_the_shards_before_it(
     shutil.copy(tiny_model_dir / "model.safetensors", model)
     code, _, err = command(config | {"model": f"dir:{model}"})
     assert code == 2
-    assert "was begun with other settings:\n  model.weights_sha256: there" in err
+    assert "was made by other weights" in err
     assert contents(config["store"]) == kept
+
+
+def test_a_store_of_other_weights_under_the_same_path_is_refused(
+    tiny_model_dir: Path, tmp_path: Path, run_command: Command
+) -> None:
+    model = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    (tmp_path / "harvest.toml").write_text(
+        f'store = "store"\nmodel = "dir:{model}"\nhooks = ["blocks.0.hook_resid_post"]\n'
+        f'context_length = 8\n[corpus]\nkind = "files"\npaths = ["{text}"]\n'
+    )
+    command = ("activations.harvest", "harvest.toml")
+    assert run_command(*command, cwd=tmp_path)[0] == 0
+    weights = model / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    code, _, errors = run_command(*command, cwd=tmp_path)
+    assert code == 2
+    assert "other weights" in errors

@@ -165,6 +165,7 @@ def test_statistics_against_numpy(make_store: MakeStore) -> None:
     """Two shards of very different means, a small spread, a carrier and a massive row."""
     rng = np.random.default_rng(2)
     x = rng.standard_normal((600, 40)) + 1e4 * (np.arange(600) >= 250)[:, None] * np.eye(40)[7]
+    x[:, 3] *= 1700  # some 8 % of the variance
     x[:, 30] = 5000 + 1e-2 * rng.standard_normal(600)
     x[599] = 1.2e4
     x = x.astype(np.float32)
@@ -178,6 +179,7 @@ def test_statistics_against_numpy(make_store: MakeStore) -> None:
     share = exact.var(axis=0) / exact.var(axis=0).sum()
     np.testing.assert_array_equal(bulk.carriers, share > 0.1)
     np.testing.assert_array_equal(np.flatnonzero(bulk.carriers), [7])
+    assert 0.05 < share[3] < 0.1
     norms = np.linalg.norm(exact, axis=1)
     assert bulk.norm_limit == pytest.approx(5 * np.median(norms), rel=1e-6)
     np.testing.assert_array_equal(np.flatnonzero(~bulk.rows(x)), [599])

@@ -172,6 +172,15 @@ def test_a_step_moves_every_used_atom_once(chunk_size: int) -> None:
     assert moved.sum() == M
 
 
+def test_padding_of_the_last_chunk_changes_nothing() -> None:
+    """One chunk that is too long moves all atoms together, like one that fits."""
+    x = jnp.asarray(random_problem(0.3).x)
+    fits, padded = (KSVD(M, OMP(k=3), chunk_size=size) for size in (M, M + 3))
+    state = fits.init(x, n_steps=1, key=KEY)
+    one, two = (solver.step(state, Batch(x), key=KEY)[0] for solver in (fits, padded))
+    np.testing.assert_allclose(one.atoms, two.atoms, atol=1e-5)
+
+
 def test_order_of_chunks_follows_the_key() -> None:
     x = jnp.asarray(random_problem(0.3).x)
     solver = KSVD(M, OMP(k=3), chunk_size=2)

@@ -145,6 +145,15 @@ def test_more_nonzeros_than_the_rank_reach_the_projection() -> None:
     assert ((codes != 0).sum(axis=1) <= 4).all()  # 3 dimensions, and one for what rounding leaves
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_row_that_is_explained_takes_no_more_atoms(dtype: type[np.floating]) -> None:
+    atoms = problem(1, 32, 16, seed=15)[1]
+    x = np.linspace(-1000, 1000, 32)[:, None] * atoms
+    with jax.enable_x64(dtype is np.float64):
+        codes, _ = encode(x.astype(dtype), atoms.astype(dtype), 5)
+    np.testing.assert_array_equal(codes != 0, np.eye(32, dtype=bool))
+
+
 def test_bias_is_taken_off_first() -> None:
     x, atoms = problem(50, 32, 16, seed=13)
     bias = jnp.arange(16, dtype=jnp.float32)
