@@ -78,8 +78,14 @@ class Rows:
                 left = x[shuffled[end:]]
 
     def sample(self, count: int, *, seed: int) -> np.ndarray:
-        """`count` distinct random rows (all, where there are fewer) [count d]."""
-        return next(self.batches(min(count, len(self)), seed=seed))
+        """`count` distinct random rows, each as likely (all, where there are fewer) [count d]."""
+        n = len(self)
+        chosen = np.random.default_rng(seed).choice(n, min(count, n), replace=False)
+        parts, first = [], 0
+        for x, _ in self.by_shard():
+            parts.append(x[chosen[(chosen >= first) & (chosen < first + len(x))] - first])
+            first += len(x)
+        return np.concatenate(parts)
 
     def _load(self, shards: tuple[Shard, ...]) -> np.ndarray:
         return np.concatenate([self.of_shard(shard) for shard in shards])

@@ -123,7 +123,8 @@ def _train(
                     if best is None or seen.fvu_bulk < best[0]:
                         best = (seen.fvu_bulk, coder, step)
                     bar.set_postfix_str(f"validation fvu_bulk {seen.fvu_bulk:.4f}", refresh=False)
-                log.write(json.dumps(line) + "\n")
+                finite = {key: v if math.isfinite(v) else None for key, v in line.items()}
+                log.write(json.dumps(finite) + "\n")
                 bar.update()
     except KeyboardInterrupt:
         text = f"interrupted at step {step} of {n_steps}; nothing was saved. Fit again."

@@ -24,8 +24,9 @@ class Batch(eqx.Module):
 class Info(eqx.Module):
     """What one step tells, the same fields for every solver, all measured before the update.
 
-    `objective` is what the solver minimises on this batch; `fvu` uses the batch's own mean; `dead`
-    counts atoms that have not been used for `dead_after` rows, this batch's included.
+    `objective` is the mean of ||x - x_hat||^2 over the batch's rows; `fvu` divides it by their
+    variance about the batch's own mean (NaN or infinite where they do not vary); `dead` counts
+    atoms that have not been used for `dead_after` rows, this batch's included.
     """
 
     objective: Float[Array, ""]

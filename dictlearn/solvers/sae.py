@@ -195,9 +195,10 @@ def _across(gradient: Float[Array, "m d"], atoms: Float[Array, "m d"]) -> Float[
 
 
 def _rate(solver: TopKSAE, count: Int[Array, ""], n_steps: Int[Array, ""]) -> Float[Array, ""]:
-    """Learning rate of update `count` (from 1): linear warm-up, then a cosine to 0."""
+    """Learning rate of update `count` (from 1): linear warm-up, then a cosine towards 0."""
     total = n_steps.astype(jnp.float32)
     warm = solver.warmup * total
     step = count.astype(jnp.float32)
-    cosine = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip((step - warm) / (total - warm), 0, 1)))
+    done = jnp.clip((step - 1 - warm) / (total - warm), 0, 1)  # the last update still moves
+    cosine = 0.5 * (1 + jnp.cos(jnp.pi * done))
     return solver.learning_rate * jnp.minimum(step / jnp.maximum(warm, 1), cosine)
