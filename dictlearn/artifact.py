@@ -94,9 +94,10 @@ def directory(output: Path | None, name: str) -> Iterator[Path]:
             run = output
             if run.exists():
                 old = run.with_name(f".{run.name}.replaced")
-                if old.exists():  # an earlier replacement was killed: its beginning can go
-                    shutil.rmtree(run)
+                if old.exists() and (run / UNFINISHED).exists():
+                    shutil.rmtree(run)  # what an earlier replacement, killed, had begun
                 else:
+                    shutil.rmtree(old, ignore_errors=True)
                     run.rename(old)
             run.mkdir(parents=True)
     except OSError as error:

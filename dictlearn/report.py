@@ -48,6 +48,7 @@ def show(path: Path) -> None:
         f"fvu_bulk against the control's: {_signed(-metrics['gain_bulk'])} "
         f"(95 % interval {_signed(-high)} to {_signed(-low)})."
     )
+    say("control: untrained rows of the data as atoms, coded by OMP with the same k.")
     say("fvu is the variance unexplained, lower is better; fvu_bulk leaves out the few dimensions")
     say("and rows that hold most of the variance. Lower error is not truer features.")
     say("")
@@ -74,7 +75,7 @@ def _table(
 ) -> Table:
     systems = [
         (metadata["solver"]["name"], metrics, ""),
-        ("control: data rows + omp", metrics, "control_"),
+        ("control", metrics, "control_"),
     ]
     if sibling is not None:
         systems.append((f"{sibling[1]['solver']['name']} ({sibling[0].name})", sibling[2], ""))

@@ -219,7 +219,7 @@ def test_summary_names_weights_control_and_sibling(here, store, quick):
     fit.fit(typed(config_table(store, solver=SAE)))
     result = command(quick, cwd=here)
     assert result.returncode == 0, result.stderr
-    for words in ("a made model", "control: data rows + omp", "topk_sae (small-001)", "fvu_bulk"):
+    for words in ("a made model", "control: untrained rows", "topk_sae (small-001)", "fvu_bulk"):
         assert words in result.stdout
 
 
@@ -397,3 +397,16 @@ def test_jax_is_on_the_cpu_here_or_says_so(here, store):
     assert dictlearn.load(fit.fit(typed(config_table(store)))).metadata["device"] == (
         jax.devices()[0].device_kind
     )
+
+
+def test_a_killed_overwrite_does_not_cost_the_old_run(here, store):
+    """Killed while replacing, then replaced in vain: the finished run is back."""
+    table = config_table(store, output="mine", solver=SAE)
+    fit.fit(typed(table))
+    before = (here / "mine" / artifact.WEIGHTS).read_bytes()
+    (here / "mine").rename(here / ".mine.replaced")  # as a kill -9 leaves it
+    (here / "mine").mkdir()
+    (here / "mine" / artifact.UNFINISHED).write_text("killed")
+    with pytest.raises(UserError):
+        fit.fit(typed({**table, "solver": {**SAE, "learning_rate": 1e30}}), overwrite=True)
+    assert (here / "mine" / artifact.WEIGHTS).read_bytes() == before
