@@ -12,7 +12,7 @@ import difflib
 import json
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -107,7 +107,8 @@ def _error_line(schema: dict[str, Any], item: Any, prefix: str) -> str:
     dotted = prefix + ".".join(keys)
     match item["type"]:
         case "extra_forbidden" | "unexpected_keyword_argument":
-            return f"{dotted}: unknown key.{_nearest(keys[-1], list(_names(schema, parent)))}"
+            parent_key = dotted.removesuffix(keys[-1])
+            return f"{dotted}: unknown key.{_nearest(keys[-1], _names(schema, parent), parent_key)}"
         case "union_tag_invalid":
             known = [tag.strip("' ") for tag in item["ctx"]["expected_tags"].split(",")]
             key = item["ctx"]["discriminator"].strip("'")
@@ -152,9 +153,10 @@ def _names(schema: dict[str, Any], node: dict[str, Any]) -> Iterator[str]:
                 yield f"{key}.{name}"
 
 
-def _nearest(word: str, known: list[str]) -> str:
+def _nearest(word: str, names: Iterable[str], prefix: str = "") -> str:
+    known = list(names)
     by_last = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}
-    close = [by_last[name] for name in difflib.get_close_matches(word, by_last, n=3, cutoff=0.5)]
+    close = difflib.get_close_matches(word, by_last, n=3, cutoff=0.5)
     if close:
-        return f" Did you mean {' or '.join(close)}?"
+        return f" Did you mean {' or '.join(prefix + by_last[name] for name in close)}?"
     return f" Known here: {', '.join(name for name in known if '.' not in name)}."

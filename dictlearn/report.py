@@ -34,7 +34,7 @@ def show(path: Path) -> None:
     sibling = _sibling(path, metadata)
     say("")
     say(f"{path}: {describe(metadata)}")
-    say(f"  model   {metadata['model']['description']} ({metadata['model']['spec']})")
+    say(f"  model   {metadata['model']['description']}")
     say(f"  hook    {metadata['hook']}, {metadata['n_training_rows']:,} training rows")
     say(
         f"  test    {metrics['n_tokens']:,} tokens of {metrics['n_documents']} documents "
@@ -49,8 +49,8 @@ def show(path: Path) -> None:
         f"(95 % interval {_signed(-high)} to {_signed(-low)})."
     )
     say("control: untrained rows of the data as atoms, coded by OMP with the same k.")
-    say("fvu is the variance unexplained, lower is better; fvu_bulk leaves out the few dimensions")
-    say("and rows that hold most of the variance. Lower error is not truer features.")
+    say("fvu: variance unexplained, lower is better. fvu_bulk: without the few")
+    say("dimensions and rows that hold most of it. Lower error is not truer features.")
     say("")
     say("Try next:")
     for line in _next(path, metadata, sibling):
@@ -140,9 +140,8 @@ def _next(
     half = max(1, _sparsity(metadata) // 2)
     lines = [f"python -m dictlearn.fit {path / 'config.toml'} --set {key}={half}"]
     if sibling is None and metadata["name"] == "quickstart":
-        sae = "python -m dictlearn.fit experiments/quickstart-sae.toml"
-        lines.insert(0, f"{sae}   (a TopK SAE, to compare)")
-    lines.append(f'in Python: run = dictlearn.load("{path}"); see "Look at features" in README.md')
+        lines.insert(0, "python -m dictlearn.fit experiments/quickstart-sae.toml")
+    lines.append(f'dictlearn.load("{path}"), see "Look at features" in README.md')
     return lines
 
 

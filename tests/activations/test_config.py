@@ -49,7 +49,7 @@ def test_a_good_config_becomes_the_typed_one(path: Path) -> None:
         ("max_token=3", "max_token: unknown key. Did you mean max_tokens or "),
         ("path=['x']", "path: unknown key. Did you mean corpus.paths"),
         ("text_field='x'", "text_field: unknown key. Did you mean corpus.text_field"),
-        ("corpus.text_feld='x'", "corpus.text_feld: unknown key. Did you mean text_field?"),
+        ("corpus.text_feld='x'", "corpus.text_feld: unknown key. Did you mean corpus.text_field?"),
         ("zzzz=1", "zzzz: unknown key. Known here: store, model, hooks, corpus,"),
         # Nothing is coerced.
         ("max_tokens='3'", "max_tokens: expected a valid integer, got '3'"),
