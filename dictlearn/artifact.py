@@ -193,8 +193,6 @@ def read_metadata(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"{path / METADATA}: schema {tables[0].get('schema')!r}, but this version reads schema "
             f"{SCHEMA}; update dictlearn-interp"
         )
-    if missing := {"model", "hook", "solver", "split", "store"} - tables[0].keys():
-        raise ArtifactError(f"{path / METADATA}: lacks {', '.join(sorted(missing))}")
     return tables[0], tables[1]
 
 

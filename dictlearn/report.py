@@ -31,6 +31,8 @@ def show_plan(lines: dict[str, str]) -> None:
 def show(path: Path) -> None:
     """A finished run: its figures beside its control's and its sibling's, and what to try next."""
     metadata, metrics = artifact.read_metadata(path)
+    if missing := {"model", "hook", "solver", "split", "store"} - metadata.keys():
+        raise artifact.ArtifactError(f"{path}: its metadata lack {', '.join(sorted(missing))}")
     sibling = _sibling(path, metadata)
     say("")
     say(f"{path}: {describe(metadata)}")
