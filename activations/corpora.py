@@ -64,6 +64,8 @@ class Files:
         return {}
 
     def _matches(self, pattern: str) -> list[Path]:
+        if Path(pattern).is_file():  # whatever brackets its name holds
+            return [Path(pattern)]
         found = sorted(path for path in glob.glob(pattern, recursive=True) if Path(path).is_file())
         if not found:
             raise UserError(f"corpus.paths: no file matches {pattern!r}")

@@ -26,6 +26,7 @@ from activations.config import read_toml, validate
 from activations.corpora import Corpus, Packed, pack
 from activations.store import (
     Manifest,
+    Store,
     StoreError,
     StoreWriter,
     differences,
@@ -60,11 +61,7 @@ class HarvestConfig:
     shard_tokens: Annotated[int, Field(ge=1)] = 16384
 
     def check(self) -> None:
-        """Rules that join fields, and names that can be judged without a model.
-
-        Raises:
-          ValueError: a hook is named twice, or is not of the form of a hook name.
-        """
+        """Rules that no single field's type can hold. Raises ValueError: a hook is named twice."""
         if len(set(self.hooks)) < len(self.hooks):
             raise ValueError(f"hooks: a hook is named twice in {list(self.hooks)}")
 
@@ -100,18 +97,23 @@ def found(config: HarvestConfig) -> bool:
             f"{config.store}: was made by other weights than {config.model} holds now "
             f"(sha256 {str(then)[:12]}, now {now[:12]}). Name another store, or delete this one."
         )
+    if manifest.complete:
+        Store(config.store)  # every shard is there, and whole
     return manifest.complete
 
 
 def tokenise(config: HarvestConfig) -> Packed:
     """The corpus as the harvest will read it."""
     tokenizer = models.load_tokenizer(config.model)
-    return pack(
+    packed = pack(
         config.corpus,
         tokenizer,
         context_length=config.context_length,
         max_tokens=config.max_tokens,
     )
+    if packed.exhausted and config.max_tokens is not None:
+        print(f"the corpus ends at {packed.n_rows:,} tokens, before max_tokens", flush=True)
+    return packed
 
 
 def harvest(config: HarvestConfig, packed: Packed | None = None) -> None:
@@ -128,7 +130,16 @@ def harvest(config: HarvestConfig, packed: Packed | None = None) -> None:
         return
     if packed is None:
         packed = tokenise(config)
+    if (begun := read_manifest(config.store)) is not None:
+        # Rounding depends on the threads: a store is finished as it was begun.
+        importlib.import_module("torch").set_num_threads(begun.forward["threads"])
     model = models.load(config.model)
+    limit = model.bridge.cfg.n_ctx
+    if config.context_length > limit:
+        raise UserError(
+            f"context_length: {config.context_length} is more than the {limit} positions of "
+            f"{model.identity.description}"
+        )
     reader = HookReader(model.bridge, config.hooks)
     manifest = Manifest(
         request=config.request,

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import errno
 import json
+import math
 import shutil
 import typing
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import equinox as eqx
+import filelock
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,7 +65,11 @@ def check_place(output: Path | None, *, overwrite: bool) -> None:
     """
     if overwrite and output is None:
         raise UserError("--overwrite: the config names no output; each run gets a fresh directory")
-    if output is None or not output.exists():
+    if output is None:
+        return
+    if (old := output.with_name(f".{output.name}.replaced")).exists() and not output.exists():
+        old.rename(output)  # a replacement was killed before it began
+    if not output.exists():
         return
     ours = any((output / name).exists() for name in (METADATA, UNFINISHED))
     if not output.is_dir() or (any(output.iterdir()) and not ours):
@@ -80,34 +86,59 @@ def check_place(output: Path | None, *, overwrite: bool) -> None:
 def directory(output: Path | None, name: str) -> Iterator[Path]:
     """A directory for a run: `output`, or a fresh runs/<name>-NNN. It says UNFINISHED meanwhile.
 
-    A run that it replaces is kept until this one is done. After a user's mistake or on a full disk
-    the directory is removed; after Ctrl-C it stays, and says so.
+    A run that it replaces is kept until this one is done, and put back if this one is not. After a
+    user's mistake or on a full disk the directory is removed; after Ctrl-C it stays, and says so.
 
     Raises:
-      UserError: the place cannot be written to, or the disk is full.
+      UserError: the place cannot be written to, another fit writes there, or the disk is full.
     """
-    old = None
-    try:
-        if output is None:
-            run = _fresh(Path("runs"), name)
-        else:
-            run = output
-            if run.exists():
-                old = run.with_name(f".{run.name}.replaced")
-                if old.exists() and (run / UNFINISHED).exists():
-                    shutil.rmtree(run)  # what an earlier replacement, killed, had begun
-                else:
-                    shutil.rmtree(old, ignore_errors=True)
-                    run.rename(old)
-            run.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"output: no run can be written there ({error})") from None
+    with contextlib.ExitStack() as stack:
+        try:
+            run = _fresh(Path("runs"), name) if output is None else output
+            if output is not None:
+                stack.enter_context(_locked(output))
+            old = _put_aside(run) if output is not None else None
+            run.mkdir(parents=True, exist_ok=True)
+        except filelock.Timeout:
+            raise UserError(f"output: another fit is writing to {output}") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"output: no run can be written there ({error})") from None
+        with _given_up_if_it_fails(run, old):
+            yield run
+
+
+@contextlib.contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    """Keep other fits away from a named place; the lock dies with its holder."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    file = output.with_name(f".{output.name}.lock")
+    with filelock.FileLock(file, timeout=0):
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
+
+
+def _put_aside(run: Path) -> Path | None:
+    """Move what a run will replace out of its way; what a killed replacement left is sorted out."""
+    old = run.with_name(f".{run.name}.replaced")
+    if old.exists() and (run / UNFINISHED).exists():
+        shutil.rmtree(run)  # what the killed one had begun
+    elif run.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        run.rename(old)
+    return old if old.exists() else None
+
+
+@contextlib.contextmanager
+def _given_up_if_it_fails(run: Path, old: Path | None) -> Iterator[None]:
     try:
         replace_file(run / UNFINISHED, b"it is running, or was killed. Fit again.")
-        yield run
+        yield
         (run / UNFINISHED).unlink()
-    except (UserError, OSError) as error:
-        shutil.rmtree(run)
+    except BaseException as error:
+        if old is not None or isinstance(error, (UserError, OSError)):
+            shutil.rmtree(run)
         if old is not None:
             old.rename(run)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -243,4 +274,13 @@ def _arrays(arrays: dict[str, np.ndarray], prefix: str, *names: str) -> list[jax
 
 
 def _json(table: dict[str, Any]) -> bytes:
-    return (json.dumps(table, indent=1, default=str) + "\n").encode()
+    return (json.dumps(_finite(table), indent=1, default=str, allow_nan=False) + "\n").encode()
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for every number that is not finite: JSON has none of those."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

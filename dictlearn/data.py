@@ -12,6 +12,7 @@ from activations.store import Shard, Store
 from activations.terminal import UserError
 from dictlearn.dictionary import Normaliser
 from dictlearn.metrics import Bulk
+from dictlearn.metrics import norms as row_norms
 
 SPLITS = ("train", "validation", "test")
 
@@ -142,7 +143,7 @@ def statistics(rows: Rows) -> tuple[Normaliser, Bulk]:
     for x, _ in rows.by_shard():
         if not len(x):
             continue
-        norms.append(np.linalg.norm(x, axis=1))
+        norms.append(row_norms(x))
         here = x.mean(axis=0, dtype=np.float64)
         delta = here - mean
         total = count + len(x)

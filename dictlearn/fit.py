@@ -73,6 +73,10 @@ def fit(config: FitConfig, *, where: str = "config", overwrite: bool = False) ->
             f"{where}:\n  solver.n_atoms: {config.solver.n_atoms:,} atoms are begun from as many "
             f"rows, but there are only {n_train:,} training rows. Use fewer, or harvest more text."
         )
+    if steps(config.fit.epochs * n_train, config.fit.batch_size) >= 2**31:
+        raise UserError(
+            f"{where}:\n  fit.epochs: {config.fit.epochs} is more steps than can be counted"
+        )
     normaliser, bulk = statistics(parts["train"])
     with artifact.directory(config.output, config.name) as run:
         replace_file(run / "config.toml", tomli_w.dumps(_resolved(config, recipe)).encode())
@@ -120,8 +124,10 @@ def _train(
                     coder = Coder(normaliser, *solver.result(state))
                     seen = heldout.evaluate(coder, parts["validation"], bulk)
                     line |= {"validation_fvu": seen.fvu, "validation_fvu_bulk": seen.fvu_bulk}
-                    if best is None or seen.fvu_bulk < best[0]:
-                        best = (seen.fvu_bulk, coder, step)
+                    # Where everything is a carrier (very few dimensions), there is no bulk.
+                    score = seen.fvu_bulk if math.isfinite(seen.fvu_bulk) else seen.fvu
+                    if best is None or score < best[0]:
+                        best = (score, coder, step)
                     bar.set_postfix_str(f"validation fvu_bulk {seen.fvu_bulk:.4f}", refresh=False)
                 finite = {key: v if math.isfinite(v) else None for key, v in line.items()}
                 log.write(json.dumps(finite) + "\n")
@@ -187,6 +193,7 @@ def _make_store(recipe: HarvestConfig) -> None:
 def _resolved(config: FitConfig, recipe: HarvestConfig | None) -> dict[str, Any]:
     """The config with every default written out, as TOML can hold it."""
     table = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    table["output"] = None  # so that the same config can be fitted again
     table["data"] = dataclasses.asdict(config.data)
     table["fit"] = dataclasses.asdict(config.fit)
     table["solver"] = artifact.hyperparameters(config.solver)

@@ -90,6 +90,10 @@ def figures(coder: Coder, fitted: HeldOut, untrained: HeldOut, *, seed: int) -> 
     def interval(sums: metrics.Sums) -> tuple[float, float]:
         return metrics.bootstrap(sums.fvu, n_documents, seed=seed)
 
+    def gain(weights: np.ndarray) -> np.ndarray:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return 1 - fitted.bulk.fvu(weights) / untrained.bulk.fvu(weights)
+
     nearest = np.asarray(metrics.nearest_cosine(coder.dictionary.atoms))
     return {
         "fvu": fitted.fvu,
@@ -100,9 +104,9 @@ def figures(coder: Coder, fitted: HeldOut, untrained: HeldOut, *, seed: int) -> 
         "control_fvu_interval": interval(untrained.raw),
         "control_fvu_bulk": untrained.fvu_bulk,
         "control_fvu_bulk_interval": interval(untrained.bulk),
-        "gain_bulk": 1 - fitted.fvu_bulk / untrained.fvu_bulk,
+        "gain_bulk": float(gain(np.ones((1, n_documents)))[0]),
         "gain_bulk_interval": metrics.bootstrap(
-            lambda weights: 1 - fitted.bulk.fvu(weights) / untrained.bulk.fvu(weights),
+            gain,
             n_documents,
             seed=seed,
         ),

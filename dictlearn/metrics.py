@@ -31,7 +31,7 @@ class Bulk:
 
     def rows(self, x: np.ndarray) -> np.ndarray:
         """Which of the raw rows [n d] are not massive."""
-        return np.linalg.norm(x, axis=1) <= self.norm_limit
+        return norms(x) <= self.norm_limit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,10 +101,15 @@ def fvu_bulk(x: np.ndarray, x_hat: np.ndarray, bulk: Bulk) -> float:
     return fvu(x[rows][:, ~bulk.carriers], x_hat[rows][:, ~bulk.carriers])
 
 
+def norms(x: np.ndarray) -> np.ndarray:
+    """Norm of each row [n], in float64: the squares of float32 overflow beyond 1e19."""
+    return np.linalg.norm(x.astype(np.float64), axis=1)
+
+
 def cosine(x: np.ndarray, x_hat: np.ndarray) -> np.ndarray:
     """Cosine of each row with its reconstruction [n]; 0 where either is zero."""
     inner = (x.astype(np.float64) * x_hat).sum(axis=1)
-    size = np.linalg.norm(x, axis=1).astype(np.float64) * np.linalg.norm(x_hat, axis=1)
+    size = norms(x) * norms(x_hat)
     return np.divide(inner, size, out=np.zeros_like(inner), where=size > 0)
 
 
@@ -124,7 +129,10 @@ def bootstrap(
     rng = np.random.default_rng(seed)
     weights = rng.multinomial(n_documents, np.full(n_documents, 1 / n_documents), size=n_draws)
     values = statistic(weights.astype(np.float64))
-    low, high = np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2])
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return float("nan"), float("nan")
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 

@@ -36,7 +36,7 @@ def show(path: Path) -> None:
     sibling = _sibling(path, metadata)
     say("")
     say(f"{path}: {describe(metadata)}")
-    say(f"  model   {metadata['model']['description']}")
+    say(f"  model   {metadata['model'].get('description', 'not named')}")
     say(f"  hook    {metadata['hook']}, {metadata['n_training_rows']:,} training rows")
     say(
         f"  test    {metrics['n_tokens']:,} tokens of {metrics['n_documents']} documents "
@@ -44,12 +44,13 @@ def show(path: Path) -> None:
     )
     say("")
     _CONSOLE.print(_table(metadata, metrics, sibling), soft_wrap=False)
-    low, high = metrics["gain_bulk_interval"]
     say("")
-    say(
-        f"fvu_bulk against the control's: {_signed(-metrics['gain_bulk'])} "
-        f"(95 % interval {_signed(-high)} to {_signed(-low)})."
-    )
+    if metrics["gain_bulk"] is not None:
+        low, high = metrics["gain_bulk_interval"]
+        say(
+            f"fvu_bulk against the control's: {_signed(-metrics['gain_bulk'])} "
+            f"(95 % interval {_signed(-high)} to {_signed(-low)})."
+        )
     say("control: untrained rows of the data as atoms, coded by OMP with the same k.")
     say("fvu: variance unexplained, lower is better. fvu_bulk: without the few")
     say("dimensions and rows that hold most of it. Lower error is not truer features.")
@@ -100,8 +101,8 @@ def _table(
     return table
 
 
-def _interval(pair: list[float]) -> str:
-    return f"{pair[0]:.3f} to {pair[1]:.3f}"
+def _interval(pair: list[float | None]) -> str:
+    return "" if None in pair else f"{pair[0]:.3f} to {pair[1]:.3f}"
 
 
 def _signed(share: float) -> str:
@@ -121,7 +122,7 @@ def _sibling(
         store, solver = of["store"]["manifest_sha256"], of["solver"]
         return store, of["hook"], of["split"], solver["n_atoms"], _sparsity(of)
 
-    finished = path.parent.glob(f"*/{artifact.METADATA}")
+    finished = path.parent.glob(f"[!.]*/{artifact.METADATA}")
     for file in sorted(finished, key=lambda file: file.stat().st_mtime, reverse=True):
         try:
             other, metrics = artifact.read_metadata(file.parent)
@@ -153,7 +154,13 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     path = parser.parse_args().run
     artifact.load(path)  # not for the figures: a damaged dictionary should not be shown as whole
-    show(path)
+    try:
+        show(path)
+    except (KeyError, TypeError, ValueError) as error:
+        raise artifact.ArtifactError(
+            f"{path}: {artifact.METADATA} or {artifact.METRICS} is damaged "
+            f"({type(error).__name__}: {error})"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -30,6 +30,3 @@ class AbstractEncoder(eqx.Module):
     @abc.abstractmethod
     def prepare(self, dictionary: Dictionary) -> AbstractPrepared:
         """Do once what does not depend on the rows (unit atoms, the Gram matrix)."""
-
-    def check(self) -> None:
-        """Rules that join hyperparameters. Raises ValueError naming the field."""

@@ -78,7 +78,7 @@ def _prepare(dictionary: Dictionary, k: int) -> PreparedOMP:
 @eqx.filter_jit
 def _encode(prepared: PreparedOMP, x: Float[Array, "n d"]) -> SparseCodes:
     n, d = x.shape
-    tile = min(_TILE, n)
+    tile = max(1, min(_TILE, n))
     padded = jnp.pad(x - prepared.bias[None], ((0, -n % tile), (0, 0)))
     indices, values = jax.lax.map(
         lambda rows: _encode_tile(prepared, rows), padded.reshape(-1, tile, d)

@@ -60,7 +60,7 @@ class KSVD(AbstractSolver[_KSVDState]):
     encoder: OMP
     chunk_size: Annotated[int, Field(gt=0)] = eqx.field(static=True, default=16)
     power_steps: Annotated[int, Field(gt=0)] = eqx.field(static=True, default=1)
-    dead_after: Annotated[int, Field(gt=0)] = eqx.field(static=True, default=100_000)
+    dead_after: Annotated[int, Field(gt=0, lt=2**30)] = eqx.field(static=True, default=100_000)
     name: Literal["ksvd"] = eqx.field(static=True, default="ksvd")
 
     def __check_init__(self) -> None:
@@ -120,11 +120,12 @@ def _update(
     transposed = codes.dense().T  # [m n]: a chunk's coefficients lie together
 
     # The last chunk is filled up with atom m, which does not exist: reads 0, is not written.
-    order = jnp.pad(jax.random.permutation(key, m), (0, -m % solver.chunk_size), constant_values=m)
+    chunk = min(solver.chunk_size, m)
+    order = jnp.pad(jax.random.permutation(key, m), (0, -m % chunk), constant_values=m)
     atoms, residual = jax.lax.scan(
         lambda carry, chunk: (_update_chunk(solver.power_steps, transposed, *carry, chunk), None),
         (state.atoms, residual),
-        order.reshape(-1, solver.chunk_size),
+        order.reshape(-1, chunk),
     )[0]
 
     used = (transposed != 0).any(axis=1)

@@ -65,7 +65,7 @@ class TopKSAE(AbstractSolver[_SAEState]):
     aux_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = eqx.field(
         static=True, default=1 / 32
     )
-    dead_after: Annotated[int, Field(gt=0)] = eqx.field(static=True, default=50_000)
+    dead_after: Annotated[int, Field(gt=0, lt=2**30)] = eqx.field(static=True, default=50_000)
     name: Literal["topk_sae"] = eqx.field(static=True, default="topk_sae")
 
     def __check_init__(self) -> None:

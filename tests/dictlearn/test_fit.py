@@ -28,16 +28,18 @@ HOOK = "blocks.0.hook_resid_post"
 N_DOCUMENTS, ROWS, WIDTH = 24, 40, 16
 
 
-def make_store(path: Path, *, seed: int = 0, bad_row: int | None = None) -> Path:
+def make_store(
+    path: Path, *, seed: int = 0, bad_row: int | None = None, width: int = WIDTH
+) -> Path:
     """Planted sparse rows of 24 documents in 3 shards."""
     rng = np.random.default_rng(seed)
-    atoms = rng.normal(size=(16, WIDTH))
+    atoms = rng.normal(size=(16, width))
     manifest = Manifest(
         request={"model": "dir:here"},
         model={"spec": "dir:here", "description": "a made model"},
         corpus={},
         forward={},
-        hooks={HOOK: WIDTH},
+        hooks={HOOK: width},
         context_length=ROWS,
         n_sequences=N_DOCUMENTS,
         dropped_positions=("special",),
@@ -48,7 +50,7 @@ def make_store(path: Path, *, seed: int = 0, bad_row: int | None = None) -> Path
             n = per_shard * ROWS
             codes = rng.normal(size=(n, 16))
             codes[np.argsort(rng.random((n, 16)), axis=1) >= 2] = 0  # two atoms a row
-            x = (codes @ atoms + 0.01 * rng.normal(size=(n, WIDTH)) + 3).astype(np.float32)
+            x = (codes @ atoms + 0.01 * rng.normal(size=(n, width)) + 3).astype(np.float32)
             if shard == 1 and bad_row is not None:
                 x[bad_row] = np.nan
             sequence = np.repeat(np.arange(per_shard) + shard * per_shard, ROWS).astype(np.int32)
@@ -244,6 +246,8 @@ BAD_CONFIGS = {
     "no store": (["data.store=nowhere"], ["nowhere", "no store"]),
     "batch": (["fit.batch_size=100000"], ["fit.batch_size"]),
     "more atoms than rows": (["solver.n_atoms=4096"], ["solver.n_atoms", "training rows"]),
+    "dead_after": (["solver.dead_after=99999999999999"], ["solver.dead_after"]),
+    "epochs": (["fit.epochs=1e300"], ["fit.epochs"]),
     "override": (["nonsense"], ["--set nonsense", "section.key=value"]),
     "overwrite": (["--overwrite"], ["--overwrite", "output"]),
 }
@@ -397,6 +401,50 @@ def test_jax_is_on_the_cpu_here_or_says_so(here, store):
     assert dictlearn.load(fit.fit(typed(config_table(store)))).metadata["device"] == (
         jax.devices()[0].device_kind
     )
+
+
+def test_two_fits_at_one_named_place(here, store, quick):
+    """The second is refused while the first runs; Ctrl-C brings back what the first replaced."""
+    named = (quick, "--set", "output=mine", "--overwrite")
+    assert command(*named, cwd=here).returncode == 0
+    before = (here / "mine" / artifact.WEIGHTS).read_bytes()
+    first = subprocess.Popen(
+        [sys.executable, "-m", "dictlearn.fit", *map(str, named), "--set", "fit.epochs=100000"],
+        cwd=here, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    log = here / "mine" / "train.jsonl"
+    deadline = time.monotonic() + 120
+    while not ((here / ".mine.replaced").exists() and log.exists() and log.read_text()):
+        assert first.poll() is None, first.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert_one_message(command(*named, cwd=here), "another fit is writing")
+    first.send_signal(signal.SIGINT)
+    first.communicate(timeout=60)
+    assert first.returncode == 130
+    assert (here / "mine" / artifact.WEIGHTS).read_bytes() == before
+    assert dictlearn.load(here / "mine").metrics["l0"] > 0
+    assert [path.name for path in here.iterdir() if "mine" in path.name] == ["mine"]
+
+
+def test_a_run_can_be_fitted_again_from_its_own_config(here, quick):
+    assert command(quick, "--set", "output=mine", cwd=here).returncode == 0
+    assert command("mine/config.toml", "--set", "solver.encoder.k=1", cwd=here).returncode == 0
+    assert dictlearn.load(here / "runs" / "small-001").metrics["l0"] <= 1
+
+
+def test_without_a_bulk_the_figures_are_null(here, tmp_path):
+    """Every one of 4 dimensions holds over 10 % of the variance: fvu_bulk is not defined."""
+    made = make_store(tmp_path / "narrow", width=4)
+    table = config_table(made, solver={"name": "topk_sae", "n_atoms": 8, "k": 2})
+    run = fit.fit(typed(table))
+    figures = json.loads((run / "metrics.json").read_text(), parse_constant=pytest.fail)
+    assert figures["fvu_bulk"] is None
+    assert 0 < figures["fvu"] < 1
+    lines = [json.loads(line) for line in (run / "train.jsonl").read_text().splitlines()]
+    seen = {line["step"]: line["validation_fvu"] for line in lines if "validation_fvu" in line}
+    assert figures["best_step"] == min(seen, key=seen.__getitem__)
+    fit.report.show(run)
 
 
 def test_a_killed_overwrite_does_not_cost_the_old_run(here, store):
