@@ -83,7 +83,7 @@ def check_place(output: Path | None, *, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
-def directory(output: Path | None, name: str) -> Iterator[Path]:
+def directory(output: Path | None, name: str, *, overwrite: bool) -> Iterator[Path]:
     """A directory for a run: `output`, or a fresh runs/<name>-NNN. It says UNFINISHED meanwhile.
 
     A run that it replaces is kept until this one is done, and put back if this one is not. After a
@@ -97,6 +97,7 @@ def directory(output: Path | None, name: str) -> Iterator[Path]:
             run = _fresh(Path("runs"), name) if output is None else output
             if output is not None:
                 stack.enter_context(_locked(output))
+                check_place(output, overwrite=overwrite)  # again: nobody else can write now
             old = _put_aside(run) if output is not None else None
             run.mkdir(parents=True, exist_ok=True)
         except filelock.Timeout:
@@ -132,6 +133,7 @@ def _put_aside(run: Path) -> Path | None:
 
 @contextlib.contextmanager
 def _given_up_if_it_fails(run: Path, old: Path | None) -> Iterator[None]:
+    """Say UNFINISHED until the end; after a failure, leave what `directory` promises."""
     try:
         replace_file(run / UNFINISHED, b"it is running, or was killed. Fit again.")
         yield

@@ -78,7 +78,7 @@ def fit(config: FitConfig, *, where: str = "config", overwrite: bool = False) ->
             f"{where}:\n  fit.epochs: {config.fit.epochs} is more steps than can be counted"
         )
     normaliser, bulk = statistics(parts["train"])
-    with artifact.directory(config.output, config.name) as run:
+    with artifact.directory(config.output, config.name, overwrite=overwrite) as run:
         replace_file(run / "config.toml", tomli_w.dumps(_resolved(config, recipe)).encode())
         started = time.monotonic()
         coder, step = _train(config, parts, normaliser, bulk, run)
