@@ -44,8 +44,10 @@ class Rows:
     def by_shard(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Every shard's rows [n d] with the place of their document in `documents` [n]."""
         for shard in self.store.manifest.shards:
-            document = self.store.read(shard, "document")[self._chosen(shard)]
-            yield self.of_shard(shard), np.searchsorted(self.documents, document)
+            document = self.store.read(shard, "document")
+            chosen = np.isin(document, self.documents)
+            x = self.store.activations(shard, self.hook)[chosen]
+            yield x, np.searchsorted(self.documents, document[chosen])
 
     def batches(self, size: int, *, seed: int) -> Iterator[np.ndarray]:
         """An endless stream of shuffled batches [size d], every row once an epoch.

@@ -105,11 +105,7 @@ def figures(coder: Coder, fitted: HeldOut, untrained: HeldOut, *, seed: int) -> 
         "control_fvu_bulk": untrained.fvu_bulk,
         "control_fvu_bulk_interval": interval(untrained.bulk),
         "gain_bulk": float(gain(np.ones((1, n_documents)))[0]),
-        "gain_bulk_interval": metrics.bootstrap(
-            gain,
-            n_documents,
-            seed=seed,
-        ),
+        "gain_bulk_interval": metrics.bootstrap(gain, n_documents, seed=seed),
         "l0": fitted.l0,
         "control_l0": untrained.l0,
         "cosine": fitted.cosine,

@@ -120,12 +120,12 @@ def _update(
     transposed = codes.dense().T  # [m n]: a chunk's coefficients lie together
 
     # The last chunk is filled up with atom m, which does not exist: reads 0, is not written.
-    chunk = min(solver.chunk_size, m)
-    order = jnp.pad(jax.random.permutation(key, m), (0, -m % chunk), constant_values=m)
+    size = min(solver.chunk_size, m)
+    order = jnp.pad(jax.random.permutation(key, m), (0, -m % size), constant_values=m)
     atoms, residual = jax.lax.scan(
         lambda carry, chunk: (_update_chunk(solver.power_steps, transposed, *carry, chunk), None),
         (state.atoms, residual),
-        order.reshape(-1, chunk),
+        order.reshape(-1, size),
     )[0]
 
     used = (transposed != 0).any(axis=1)

@@ -374,14 +374,20 @@ def test_a_store_of_other_weights_under_the_same_path_is_refused(
     assert "other weights" in errors
 
 
+def python_docs(model: Path, folder: Path, settings: str) -> tuple[str, str]:
+    """The command of a harvest of CPython's reference text, with these settings."""
+    (folder / "harvest.toml").write_text(
+        f'store = "store"\nmodel = "dir:{model}"\nhooks = ["blocks.0.hook_resid_post"]\n'
+        f'{settings}\n[corpus]\nkind = "python-docs"\n'
+    )
+    return "activations.harvest", "harvest.toml"
+
+
 def test_more_context_than_the_model_has_positions(
     tiny_model_dir: Path, tmp_path: Path, run_command: Command
 ) -> None:
-    (tmp_path / "harvest.toml").write_text(
-        f'store = "store"\nmodel = "dir:{tiny_model_dir}"\nhooks = ["blocks.0.hook_resid_post"]\n'
-        'context_length = 129\n[corpus]\nkind = "python-docs"\n'
-    )
-    code, _, errors = run_command("activations.harvest", "harvest.toml", cwd=tmp_path)
+    command = python_docs(tiny_model_dir, tmp_path, "context_length = 129")
+    code, _, errors = run_command(*command, cwd=tmp_path)
     assert code == 2
     assert "context_length: 129" in errors
     assert "128 positions" in errors
@@ -391,11 +397,7 @@ def test_more_context_than_the_model_has_positions(
 def test_a_complete_store_with_a_truncated_shard_is_not_called_complete(
     tiny_model_dir: Path, tmp_path: Path, run_command: Command
 ) -> None:
-    (tmp_path / "harvest.toml").write_text(
-        f'store = "store"\nmodel = "dir:{tiny_model_dir}"\nhooks = ["blocks.0.hook_resid_post"]\n'
-        'context_length = 8\nmax_tokens = 50\n[corpus]\nkind = "python-docs"\n'
-    )
-    command = ("activations.harvest", "harvest.toml")
+    command = python_docs(tiny_model_dir, tmp_path, "context_length = 8\nmax_tokens = 50")
     assert run_command(*command, cwd=tmp_path)[0] == 0
     shard = tmp_path / "store" / "shard-00000.h5"
     os.truncate(shard, shard.stat().st_size - 1)
