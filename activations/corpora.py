@@ -1,10 +1,9 @@
-"""Any text -> sequences of tokens with BOS, whose every token knows its document."""
+"""Any text -> documents: the reference text inside CPython, files, a data set."""
 
 from __future__ import annotations
 
 import dataclasses
 import glob
-import hashlib
 import importlib
 import itertools
 import json
@@ -13,7 +12,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 from pydantic import Field
 
 from activations.terminal import UserError
@@ -179,121 +177,6 @@ class HubDataset:
 
 
 Corpus = Annotated[PythonDocs | Files | HubDataset, Field(discriminator="kind")]
-
-
-@dataclasses.dataclass(frozen=True)
-class Packed:
-    """A corpus as sequences: `token` and `document` [s c]; a special token's document is -1."""
-
-    token: np.ndarray
-    document: np.ndarray
-    exhausted: bool
-
-    @property
-    def n_rows(self) -> int:
-        """Tokens that are not special: the rows a store will have."""
-        return int((self.document >= 0).sum())
-
-    @property
-    def n_documents(self) -> int:
-        """Documents that have at least one row."""
-        return len(np.unique(self.document[self.document >= 0]))
-
-    def sha256(self) -> str:
-        """Of both arrays."""
-        return hashlib.sha256(self.token.tobytes() + self.document.tobytes()).hexdigest()
-
-
-def pack(
-    corpus: PythonDocs | Files | HubDataset,
-    tokenizer: Any,
-    *,
-    context_length: int,
-    max_tokens: int | None,
-) -> Packed:
-    """Tokenise a corpus into sequences of `context_length`, each begun by BOS.
-
-    Lines that stood before, anywhere in the corpus, are dropped. Documents follow one another in a
-    sequence, each again begun by BOS (EOS where the tokenizer has no BOS; nothing where it has
-    neither). What does not fill the last sequence is left out.
-
-    Arguments:
-      max_tokens: enough rows (special tokens not counted); the sequence that reaches it is whole.
-
-    Raises:
-      UserError: the corpus is empty, or shorter than one sequence.
-    """
-    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    special = np.array(sorted(tokenizer.all_special_ids), np.int32)
-    sequences: list[np.ndarray] = []
-    rows, n_tokens = 0, 0
-    stream = np.empty((2, 0), np.int32)  # [token/document, not yet in a sequence]
-    documents = _tokenised(_without_repeats(corpus.documents()), tokenizer)
-    for index, ids in enumerate(documents):
-        owner = np.where(np.isin(ids, special), -1, index).astype(np.int32)
-        n_tokens += len(ids)
-        begun = stream.shape[1] > 0 and stream[0, -1] == bos
-        mark = _marked(None if begun else bos)
-        stream = np.concatenate([stream, mark, np.stack([ids, owner])], axis=1)
-        start = 0
-        while start < stream.shape[1]:
-            mark = _marked(None if stream[0, start] == bos else bos)
-            end = start + context_length - mark.shape[1]
-            if end > stream.shape[1]:
-                break
-            sequences.append(np.concatenate([mark, stream[:, start:end]], axis=1))
-            rows += int((sequences[-1][1] >= 0).sum())
-            if max_tokens is not None and rows >= max_tokens:
-                return _packed(sequences, exhausted=False)
-            start = end
-        stream = stream[:, start:]
-    if not n_tokens:
-        raise UserError("corpus: holds no text")
-    if not rows:
-        raise UserError(
-            f"corpus: {n_tokens} tokens do not fill one sequence of context_length {context_length}"
-        )
-    return _packed(sequences, exhausted=True)
-
-
-def _packed(sequences: list[np.ndarray], *, exhausted: bool) -> Packed:
-    both = np.stack(sequences, axis=1)  # [2 s c]
-    return Packed(token=both[0], document=both[1], exhausted=exhausted)
-
-
-def _marked(bos: int | None) -> np.ndarray:
-    """The mark that begins a document or a sequence, as a piece of the stream [2 0..1]."""
-    return np.array([[], []] if bos is None else [[bos], [-1]], np.int32)
-
-
-def _tokenised(documents: Iterable[str], tokenizer: Any) -> Iterator[np.ndarray]:
-    for batch in _batched(documents, 64):
-        encoded = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
-        yield from (np.array(ids, np.int32) for ids in encoded)
-
-
-def _batched(items: Iterable[str], size: int) -> Iterator[list[str]]:
-    iterator = iter(items)
-    while batch := list(itertools.islice(iterator, size)):
-        yield batch
-
-
-def _without_repeats(documents: Iterable[str]) -> Iterator[str]:
-    """Each document without the lines that stood before; empty ones are left out.
-
-    Repeats would put the same text on both sides of the split by document.
-    """
-    seen: set[bytes] = set()
-    for document in documents:
-        lines = []
-        for line in document.splitlines(keepends=True):
-            key = hashlib.blake2b(line.strip().encode(), digest_size=8).digest()
-            if not line.strip() or key not in seen:
-                seen.add(key)
-                lines.append(line)
-        text = "".join(lines)
-        if text.strip():
-            yield text
 
 
 def _text(value: Any, where: str, field: str) -> str:

@@ -1,39 +1,45 @@
-"""Sharded HDF5 store of activations: schema, writer, reader, manifest.
+"""Sharded HDF5 store of activations: schema, manifest, reader.
 
 A store is a directory:
 
-    manifest.json     what was read from what, each shard's rows, bytes and checksum
-    shard-00000.h5    activations/<hook> [n d] float32
+    manifest.json     what was read from what; each file's checksum, and its own
+    sequences.npy     every full sequence, special tokens and padding included, so that it can be
+                      replayed: [s 2 c] int32, token and document (see activations.sequences)
+    vocabulary.json   the text of each token id that occurs
+    shard-00000.h5    activations/<hook> [n d], gradients/<hook> [n d] where they were asked for;
                       token, document, sequence, position [n] int32: where each row comes from
-                      sequences/token, sequences/document [s c] int32: every full sequence,
-                      special tokens included (their document is -1), so that it can be replayed
 
-A shard is built in memory, written under a temporary name, flushed to disk and renamed; then the
-manifest is replaced in the same way. A kill at any moment loses at most the shard in progress.
+A manifest is written in one way only, and holds the checksum of the rest of itself, so that a bit
+that has changed anywhere in a store is found. While a store is being written, its shards stand in
+a partial manifest a worker (activations.writer).
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import filelock
 import h5py
 import numpy as np
+from pydantic import Field
 
+from activations import precision
 from activations.config import validate
-from activations.terminal import UserError
+from activations.files import sealed, sha256, unseal
+from activations.precision import Compression, Precision
+from activations.terminal import UserError, progress
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
+SEQUENCES = "sequences.npy"
+VOCABULARY = "vocabulary.json"
 COLUMNS = ("token", "document", "sequence", "position")
+MEND = "Restore the file, or delete the store and harvest again."
 
 
 class StoreError(UserError):
@@ -46,11 +52,15 @@ class Shard:
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    file: str
-    rows: int
-    sequences: int
+    index: Annotated[int, Field(ge=0)]
+    rows: Annotated[int, Field(ge=0)]
     bytes: int
     sha256: str
+
+    @property
+    def file(self) -> str:
+        """The file's name in the store's directory."""
+        return f"shard-{self.index:05d}.h5"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +70,15 @@ class Manifest:
     Attributes:
       request: the harvest's configuration, so that a second harvest knows whether it is the same.
       model: identity of the model and tokenizer, with hashes.
-      corpus: identity of the text as tokenised, with hash.
+      corpus: identity of the text.
       forward: what else rounding depends on (batch size, threads, versions).
       hooks: width of each hook.
+      gradients: whether each hook's gradients stand beside its activations.
       dropped_positions: positions of the sequences that have no row.
+      n_documents: that have a row.
       n_sequences: of the complete store.
+      shard_sequences: sequences a shard, the last one perhaps less.
+      files: checksums of sequences.npy and vocabulary.json.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -75,89 +89,186 @@ class Manifest:
     forward: dict[str, Any]
     hooks: dict[str, int]
     context_length: int
+    n_documents: int
     n_sequences: int
+    shard_sequences: Annotated[int, Field(gt=0)]
     dropped_positions: tuple[str, ...]
-    dtype: Literal["float32"] = "float32"
-    schema: Literal[1] = SCHEMA
+    files: dict[str, str]
+    gradients: bool = False
+    dtype: Precision = "float32"
+    compression: Compression = "none"
+    schema: Literal[2] = SCHEMA
     shards: tuple[Shard, ...] = ()
     complete: bool = False
 
     @property
     def n_rows(self) -> int:
-        """Rows in the shards written so far."""
+        """Rows in the shards."""
         return sum(shard.rows for shard in self.shards)
 
+    @property
+    def n_shards(self) -> int:
+        """Shards of the complete store."""
+        return -(-self.n_sequences // self.shard_sequences)
+
+    @property
+    def id(self) -> str:
+        """What every shard is marked with: a hash of all that is settled before the first one."""
+        return dataclasses.replace(self, shards=(), complete=False).sha256()
+
+    @property
+    def datasets(self) -> dict[str, int]:
+        """The width of each dataset of rows in a shard."""
+        kinds = ("activations", "gradients") if self.gradients else ("activations",)
+        return {
+            f"{kind}/{hook}": width for kind in kinds for hook, width in sorted(self.hooks.items())
+        }
+
     def to_json(self) -> str:
-        """The canonical form: what a manifest file holds, byte for byte."""
-        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n"
+        """What a manifest's file holds, byte for byte."""
+        return sealed(dataclasses.asdict(self))
 
     def sha256(self) -> str:
-        """Identity of the store: its shards' checksums stand in the manifest."""
+        """Of the manifest: identity of a complete store, whose checksums stand in it."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
 
 def read_manifest(path: Path) -> Manifest | None:
-    """The manifest of the store at `path`, or None where there is no store at all."""
+    """The manifest of the store at `path`, or None where there is no store at all.
+
+    Raises:
+      StoreError: something else is there, or the manifest is damaged or of another schema.
+    """
     file = path / MANIFEST
     try:
-        table = json.loads(file.read_text())
+        text = file.read_bytes().decode()
+        table = json.loads(text)
+        schema = table.get("schema") if isinstance(table, dict) else None
+        if isinstance(schema, int) and schema != SCHEMA:
+            newer = "Update dictlearn-interp" if schema > SCHEMA else "Delete the store"
+            raise StoreError(
+                f"{file}: is of schema {schema}, but this version reads schema {SCHEMA}. "
+                f"{newer}, or harvest again into another place."
+            )
+        table = unseal(text)
     except (FileNotFoundError, NotADirectoryError):
         if path.exists() and (not path.is_dir() or any(map(_is_foreign, path.iterdir()))):
             raise StoreError(
                 f"{path}: is there, but is no store (it has no {MANIFEST}). Name another place."
             ) from None
         return None
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{file}: cannot be read as a manifest ({error})") from None
-    if isinstance(table, dict) and table.get("schema") != SCHEMA:
-        raise StoreError(
-            f"{file}: schema {table.get('schema')!r}, but this version reads schema {SCHEMA}. "
-            "Update dictlearn-interp, or harvest again."
-        )
+    except (OSError, ValueError, RecursionError) as error:
+        raise StoreError(f"{file}: cannot be read as a manifest ({error}). {MEND}") from None
     return validate(Manifest, table, str(file))
 
 
 def _is_foreign(file: Path) -> bool:
     """Whether a file is none of those that stand in a store before its manifest does."""
-    return not file.name.startswith(".") and file.name != f"{MANIFEST}.partial"
+    early = {f"{name}{end}" for name in (SEQUENCES, VOCABULARY) for end in ("", ".partial")}
+    return not file.name.startswith(".") and file.name not in {*early, f"{MANIFEST}.partial"}
+
+
+def complete_manifest(path: Path) -> Manifest:
+    """The manifest of a store that is finished.
+
+    Raises:
+      StoreError: there is none, or it is unfinished or damaged.
+    """
+    manifest = read_manifest(path)
+    if manifest is None:
+        raise StoreError(f"{path}: no store there. Harvest one, or mend the path.")
+    if not manifest.complete:
+        done = len(list(path.glob("shard-*.h5")))
+        raise StoreError(
+            f"{path}: the store is unfinished ({done:,} of {manifest.n_shards:,} shards): its "
+            "harvest is running or was stopped. Run the same harvest again: it goes on where it "
+            f"stopped (several workers are joined by `python -m activations.merge {path}`)."
+        )
+    return manifest
+
+
+def verify(path: Path) -> Manifest:
+    """Read every file of a finished store and compare its checksum, with a progress bar.
+
+    Raises:
+      StoreError: names every file that is not as it was written.
+    """
+    manifest = complete_manifest(path)
+    sums = {shard.file: shard.sha256 for shard in manifest.shards} | manifest.files
+    sizes = {name: (path / name).stat().st_size for name in sums if (path / name).exists()}
+    damaged = [f"{name}: is missing" for name in sums if name not in sizes]
+    with progress(total=sum(sizes.values()), unit="B", unit_scale=True, desc="verify") as bar:
+        for name in sizes:
+            try:
+                if sha256(path / name, bar.update) != sums[name]:
+                    damaged.append(f"{name}: is damaged (its checksum does not fit)")
+            except OSError as error:
+                damaged.append(f"{name}: cannot be read ({error.strerror})")
+    if damaged:
+        raise StoreError(
+            f"{path}: {len(damaged)} of {len(sums)} files are not as they were "
+            "written:\n  " + "\n  ".join(damaged) + f"\n{MEND}"
+        )
+    return manifest
 
 
 class Store:
     """A complete store, opened for reading. `len(store)` is its rows.
 
-    Opening checks, cheaply, that every shard is there with the size that the manifest tells.
+    Opening is cheap: it checks that every file is there with the right size, and that every shard
+    belongs to this store and holds each hook. `verify` reads everything.
 
     Raises:
-      StoreError: no store, one still being written, or a shard that is missing or truncated.
+      StoreError: no store, one still being written, or a file that is missing, cut, of another
+        store, or not to be read.
     """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        manifest = read_manifest(self.path)
-        if manifest is None:
-            raise StoreError(f"{self.path}: no store there. Harvest one, or mend the path.")
-        if not manifest.complete:
-            done = sum(shard.sequences for shard in manifest.shards)
-            raise StoreError(
-                f"{self.path}: the store is unfinished ({done:,} of {manifest.n_sequences:,} "
-                "sequences). Run its harvest again: it goes on where it stopped."
-            )
-        self.manifest = manifest
-        for shard in manifest.shards:
-            self._check_size(shard)
+        self.manifest = complete_manifest(self.path)
+        for name in self.manifest.files:
+            if not (self.path / name).exists():
+                raise StoreError(f"{self.path / name}: is missing. {MEND}")
+        for shard in self.manifest.shards:
+            self._check(shard)
 
     def __len__(self) -> int:
         return self.manifest.n_rows
 
-    def _check_size(self, shard: Shard) -> None:
+    def _check(self, shard: Shard) -> None:
         file = self.path / shard.file
         size = file.stat().st_size if file.exists() else None
         if size != shard.bytes:
             state = "is missing" if size is None else f"has {size:,} bytes"
-            raise StoreError(
-                f"{file}: {state}, but the manifest tells {shard.bytes:,}. "
-                "Restore the file, or delete the store and harvest again."
-            )
+            raise StoreError(f"{file}: {state}, but the manifest tells {shard.bytes:,}. {MEND}")
+        with self._open(shard) as opened:
+            if (opened.attrs.get("store"), opened.attrs.get("index")) != (
+                self.manifest.id,
+                shard.index,
+            ):
+                raise StoreError(f"{file}: is a shard of another store, or another shard. {MEND}")
+            for name, width in self.manifest.datasets.items():
+                there = opened.get(name)
+                if not isinstance(there, h5py.Dataset):
+                    raise StoreError(f"{file}: holds no {name}. {MEND}")
+                seen = (*there.shape, precision.stored_type(there))
+                if seen != (shard.rows, width, self.manifest.dtype):
+                    raise StoreError(
+                        f"{file}: {name} is {seen}, but the manifest tells "
+                        f"{(shard.rows, width, self.manifest.dtype)}. {MEND}"
+                    )
+
+    @contextlib.contextmanager
+    def _open(self, shard: Shard) -> Iterator[h5py.File]:
+        """A shard's file; whatever HDF5 cannot read in it is told with the file's name."""
+        file = self.path / shard.file
+        try:
+            with h5py.File(file, "r") as opened:
+                yield opened
+        except StoreError:
+            raise
+        except (OSError, KeyError, RuntimeError, ValueError, TypeError) as error:
+            raise StoreError(f"{file}: cannot be read ({error}). {MEND}") from None
 
     def width(self, hook: str) -> int:
         """The width of a hook's rows."""
@@ -167,40 +278,67 @@ class Store:
             known = ", ".join(self.manifest.hooks)
             raise StoreError(f"{self.path}: holds no hook {hook!r}; it holds {known}") from None
 
-    def read(self, shard: Shard, name: str) -> np.ndarray:
-        """One dataset of one shard, whole: a column, `activations/<hook>`, `sequences/token`."""
-        file = self.path / shard.file
+    @property
+    def sequences(self) -> np.ndarray:
+        """Tokens and documents of every sequence [s 2 c], mapped from the disk."""
+        file = self.path / SEQUENCES
         try:
-            with h5py.File(file, "r") as opened:
-                dataset = opened[name]
-                assert isinstance(dataset, h5py.Dataset)
-                return dataset[...]
-        except (OSError, KeyError) as error:
-            raise StoreError(
-                f"{file}: {name} cannot be read ({error}). "
-                "Restore the file, or delete the store and harvest again."
-            ) from None
+            return np.load(file, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise StoreError(f"{file}: cannot be read ({error}). {MEND}") from None
 
-    def activations(self, shard: Shard, hook: str) -> np.ndarray:
-        """The rows of one shard at one hook [n d].
+    @property
+    def vocabulary(self) -> dict[int, str]:
+        """The text of each token id that occurs."""
+        file = self.path / VOCABULARY
+        try:
+            return {int(key): text for key, text in json.loads(file.read_bytes()).items()}
+        except (OSError, ValueError) as error:
+            raise StoreError(f"{file}: cannot be read ({error}). {MEND}") from None
+
+    def read(self, shard: Shard, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows `start` to `stop` of one dataset of one shard, in its stored type."""
+        with self._open(shard) as opened:
+            return precision.read(_dataset(opened, name), start, stop)
+
+    def rows(
+        self, shard: Shard, name: str, blocks: list[tuple[int, int]] | None = None
+    ) -> Iterator[np.ndarray]:
+        """Blocks of rows of one dataset of one shard, from `start` to `stop`, in the stored type.
+
+        Arguments:
+          name: `activations/<hook>`, `gradients/<hook>`, or a column.
+          blocks: by default the whole shard, in blocks of about 2 MiB.
 
         Raises:
-          StoreError: a row holds NaN or infinity; the shard and the row are named.
+          StoreError: the store has no such dataset; a row holds NaN or infinity (it is named).
         """
-        self.width(hook)
-        x = self.read(shard, f"activations/{hook}")
-        with np.errstate(invalid="ignore"):  # inf - inf
-            total = x.sum(dtype=np.float64)  # one pass, and no array of flags
-        if not np.isfinite(total):
-            finite = np.isfinite(x).all(axis=1)
-            if not finite.all():
-                row = int(np.argmin(finite))
-                token = self.read(shard, "token")[row]
-                raise StoreError(
-                    f"{self.path / shard.file}: row {row} (token {token}) at {hook} holds NaN or "
-                    "infinity. Harvest again, or look at the model with which it was made."
-                )
-        return x
+        kind, _, hook = name.partition("/")
+        if hook:
+            self.width(hook)
+        if kind == "gradients" and not self.manifest.gradients:
+            raise StoreError(
+                f"{self.path}: was harvested without gradients. Set gradients = true in the "
+                "harvest's config, and harvest into another place."
+            )
+        with self._open(shard) as opened:
+            dataset = _dataset(opened, name)
+            row_bytes = dataset.id.get_type().get_size() * int(np.prod(dataset.shape[1:]))
+            for start, stop in blocks or _blocks(shard.rows, max(1, 2**21 // row_bytes)):
+                x = precision.read(dataset, start, stop)
+                if hook and (bad := precision.not_finite(x)).any():
+                    row = start + int(np.argmax(bad))
+                    token = _dataset(opened, "token")[row]
+                    raise StoreError(
+                        f"{self.path / shard.file}: row {row} (token {token}) of {name} holds "
+                        "NaN or infinity. Harvest again, or look at the model that made it."
+                    )
+                yield x
+
+    def activations(self, shard: Shard, hook: str) -> np.ndarray:
+        """The rows of one whole shard at one hook [n d], as float32; raises as `rows` does."""
+        parts = list(self.rows(shard, f"activations/{hook}"))
+        return np.concatenate(parts).astype(np.float32, copy=False)
 
     def column(self, name: str) -> np.ndarray:
         """One of token, document, sequence, position over all rows [N]."""
@@ -208,134 +346,11 @@ class Store:
         return np.concatenate([self.read(shard, name) for shard in self.manifest.shards])
 
 
-class StoreWriter:
-    """Writes a store shard by shard; opened over an unfinished one, it goes on after its shards.
-
-    Made by `open_writer`, which holds the store's lock.
-    """
-
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        self.path = path
-        self.manifest = manifest
-
-    @property
-    def sequences_done(self) -> int:
-        """How many sequences stand in finished shards."""
-        return sum(shard.sequences for shard in self.manifest.shards)
-
-    def write_shard(self, datasets: Mapping[str, np.ndarray]) -> None:
-        """Write one shard (the names of the module's docstring) and enter it in the manifest.
-
-        Raises:
-          StoreError: the disk is full; what is finished stays, and the harvest can go on later.
-        """
-        name = f"shard-{len(self.manifest.shards):05d}.h5"
-        # Built in memory: HDF5 on a full disk leaves files that look whole, plain writes do not.
-        with h5py.File(name, "w", driver="core", backing_store=False) as file:
-            for key, values in datasets.items():
-                file.create_dataset(key, data=values)
-            file.flush()
-            image = file.id.get_file_image()
-        shard = Shard(
-            file=name,
-            rows=len(datasets["token"]),
-            sequences=len(datasets["sequences/token"]),
-            bytes=len(image),
-            sha256=hashlib.sha256(image).hexdigest(),
-        )
-        with self._room():
-            if not self.manifest.shards:  # from here on the directory is a store, whatever happens
-                self._save(self.manifest)
-            replace_file(self.path / name, image)
-            self._save(dataclasses.replace(self.manifest, shards=(*self.manifest.shards, shard)))
-
-    def finish(self) -> None:
-        """Mark the store complete."""
-        with self._room():
-            self._save(dataclasses.replace(self.manifest, complete=True))
-
-    def _save(self, manifest: Manifest) -> None:
-        replace_file(self.path / MANIFEST, manifest.to_json().encode())
-        self.manifest = manifest
-
-    @contextlib.contextmanager
-    def _room(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise
-            raise StoreError(
-                f"{self.path}: no space left on the device after {len(self.manifest.shards)} "
-                "finished shards, which are kept. Free some space and run the same command: it "
-                "goes on where it stopped."
-            ) from None
+def _dataset(file: h5py.File, name: str) -> h5py.Dataset:
+    dataset = file[name]
+    assert isinstance(dataset, h5py.Dataset)
+    return dataset
 
 
-@contextlib.contextmanager
-def open_writer(path: Path, manifest: Manifest) -> Iterator[StoreWriter]:
-    """Begin the store that `manifest` describes, or go on with it where it was left.
-
-    Raises:
-      StoreError: another process writes it, or what lies there was begun with other settings.
-    """
-    made = not path.exists()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(path / ".lock", timeout=0)
-        lock.acquire()
-    except filelock.Timeout:
-        raise StoreError(f"{path}: another process is writing this store") from None
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be made into a store ({error})") from None
-    try:
-        begun = read_manifest(path)
-        if begun is not None:
-            bare = dataclasses.replace(begun, shards=(), complete=False)
-            if differing := differences(dataclasses.asdict(bare), dataclasses.asdict(manifest)):
-                raise StoreError(
-                    f"{path}: was begun with other settings:\n  "
-                    + "\n  ".join(differing)
-                    + "\nName another store, or delete this one."
-                )
-        writer = StoreWriter(path, begun or manifest)
-        for left in path.glob("*.partial"):
-            left.unlink()
-        yield writer
-    finally:
-        lock.release()
-        if made and not (path / MANIFEST).exists():  # nothing was written: leave nothing
-            (path / ".lock").unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                path.rmdir()
-
-
-def differences(there: Mapping[str, Any], asked: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """A line for each key in which what is there differs from what was asked."""
-    lines = []
-    for key in sorted({*there, *asked}):
-        old, new = there.get(key), asked.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            lines += differences(old, new, f"{prefix}{key}.")
-        elif json.dumps(old, default=str) != json.dumps(new, default=str):
-            lines.append(f"{prefix}{key}: there {old!r}, asked {new!r}")
-    return lines
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Put `content` at `path` whole or not at all, also across a kill or a power cut."""
-    temporary = path.with_name(f"{path.name}.partial")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+def _blocks(rows: int, size: int) -> list[tuple[int, int]]:
+    return [(start, min(start + size, rows)) for start in range(0, max(rows, 1), size)]

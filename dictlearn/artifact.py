@@ -27,7 +27,7 @@ import safetensors
 import safetensors.numpy
 from jaxtyping import jaxtyped
 
-from activations.store import replace_file
+from activations.files import replace_file
 from activations.terminal import UserError
 from dictlearn.dictionary import Coder, Dictionary, Normaliser
 from dictlearn.registry import ENCODERS

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+import itertools
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from activations.precision import CHUNK_ROWS, DTYPES
+from activations.statistics import Moments
 from activations.store import Shard, Store
 from activations.terminal import UserError
 from dictlearn.dictionary import Normaliser
 from dictlearn.metrics import Bulk
-from dictlearn.metrics import norms as row_norms
 
 SPLITS = ("train", "validation", "test")
 
@@ -32,53 +37,50 @@ class Rows:
     memory: int = 2**31
 
     def __len__(self) -> int:
-        return int(sum(self._chosen(shard).sum() for shard in self.store.manifest.shards))
+        return int(self.blocks.count.sum())
 
-    def _chosen(self, shard: Shard) -> np.ndarray:
-        return np.isin(self.store.read(shard, "document"), self.documents)
+    @functools.cached_property
+    def blocks(self) -> Blocks:
+        """Where the rows lie."""
+        parts = []
+        for index, shard in enumerate(self.store.manifest.shards):
+            start = np.arange(0, shard.rows, CHUNK_ROWS)
+            if len(start):
+                chosen = self.chosen(self.store.read(shard, "document"))
+                count = np.add.reduceat(chosen.astype(np.int64), start)
+                parts.append(np.stack([np.full(len(start), index), start, count]))
+        shard, start, count = np.concatenate([*parts, np.empty((3, 0), np.int64)], axis=1)
+        return Blocks(*(column[count > 0] for column in (shard, start, count)))
 
-    def of_shard(self, shard: Shard) -> np.ndarray:
-        """This shard's share of the rows, in the store's order [n d]."""
-        return self.store.activations(shard, self.hook)[self._chosen(shard)]
+    def chosen(self, document: np.ndarray) -> np.ndarray:
+        """Which of these are among `documents`; np.isin would go through all of them each time."""
+        place = np.searchsorted(self.documents, document)
+        return self.documents[np.minimum(place, len(self.documents) - 1)] == document
 
     def by_shard(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Every shard's rows [n d] with the place of their document in `documents` [n]."""
+        """All rows in the store's order, a part of a shard at a time.
+
+        Yields:
+          x [n d] float32 and the place of each row's document in `documents` [n].
+        """
         for shard in self.store.manifest.shards:
             document = self.store.read(shard, "document")
-            chosen = np.isin(document, self.documents)
-            x = self.store.activations(shard, self.hook)[chosen]
-            yield x, np.searchsorted(self.documents, document[chosen])
+            chosen = self.chosen(document)
+            if not chosen.any():
+                continue
+            place = np.searchsorted(self.documents, document)
+            start = 0
+            for x in self.store.rows(shard, f"activations/{self.hook}"):
+                here = slice(start, start + len(x))
+                kept = chosen[here]
+                yield x[kept].astype(np.float32, copy=False), place[here][kept]
+                start += len(x)
 
-    def batches(self, size: int, *, seed: int) -> Iterator[np.ndarray]:
-        """An endless stream of shuffled batches [size d], every row once an epoch.
-
-        Shards are drawn in random order, as many at a time as `memory` holds, and their rows
-        shuffled together; what does not fill a batch goes into the next one, across epochs too.
-        """
-        rng = np.random.default_rng(seed)
-        shards = self.store.manifest.shards
-        width = self.store.width(self.hook)
-        largest = max(shard.rows for shard in shards)
-        window = max(1, self.memory // (4 * width * largest))
-        whole = self._load(shards) if window >= len(shards) else None
-        left = np.empty((0, width), np.float32)
-        while True:
-            order = rng.permutation(len(shards))
-            for first in range(0, len(shards), window):
-                chosen = [shards[i] for i in sorted(order[first : first + window])]
-                x = self._load(tuple(chosen)) if whole is None else whole
-                shuffled = rng.permutation(len(x))
-                start = 0
-                if len(left):
-                    start = min(size - len(left), len(x))
-                    left = np.concatenate([left, x[shuffled[:start]]])
-                    if len(left) < size:
-                        continue
-                    yield left
-                end = start + (len(x) - start) // size * size
-                for at in range(start, end, size):
-                    yield x[shuffled[at : at + size]]
-                left = x[shuffled[end:]]
+    def batches(
+        self, size: int, *, seed: int, gradients: bool = False, state: State | None = None
+    ) -> Batches:
+        """An endless stream of shuffled batches, every row once an epoch; see `Batches`."""
+        return Batches(self, size, seed=seed, gradients=gradients, state=state)
 
     def sample(self, count: int, *, seed: int) -> np.ndarray:
         """`count` distinct random rows, each as likely (all, where there are fewer) [count d]."""
@@ -90,8 +92,145 @@ class Rows:
             first += len(x)
         return np.concatenate(parts)
 
-    def _load(self, shards: tuple[Shard, ...]) -> np.ndarray:
-        return np.concatenate([self.of_shard(shard) for shard in shards])
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Neighbouring rows that are read at once: their shard, first row, and how many are chosen."""
+
+    shard: np.ndarray
+    start: np.ndarray
+    count: np.ndarray
+
+
+# How far a stream is: the rows that it has given. A checkpoint holds it, beside the config.
+State = dict[str, Any]
+
+# Batches that may be on their way at once, here and on the device: they too take memory.
+_FLYING = 8
+
+
+class Batches:
+    """Shuffled batches x [size d], or (x, gradient), as float32; endless, seeded, resumable.
+
+    Blocks of 256 neighbouring rows are drawn in random order from all shards. As many as half of
+    the memory holds (less the batches on their way) make a window, whose rows are shuffled together
+    while a thread reads the next one. Where the memory holds all rows, they are read once. What
+    does not fill a batch goes into the next one, across windows and epochs. The order depends on
+    nothing but the rows, the memory and these arguments, and any batch is found without those
+    before it, so that the state is one number.
+
+    Raises:
+      UserError: there are no rows; from `next`: a file of the store cannot be read.
+    """
+
+    def __init__(
+        self, rows: Rows, size: int, *, seed: int, gradients: bool, state: State | None
+    ) -> None:
+        self._rows, self._size, self._seed = rows, size, seed
+        kinds = ("activations", "gradients") if gradients else ("activations",)
+        self._names = [f"{kind}/{rows.hook}" for kind in kinds]
+        self._dtype = DTYPES[rows.store.manifest.dtype]
+        self._width = rows.store.width(rows.hook)
+        row_bytes = len(kinds) * self._width * self._dtype.itemsize
+        n_blocks = len(rows.blocks.count)
+        if not n_blocks:
+            raise UserError(f"{rows.store.path}: holds no row of {rows.hook} in these documents")
+        flying = _FLYING * len(kinds) * self._width * 4 * size
+        room = rows.memory - min(flying, rows.memory // 2)
+        self._per_window = max(1, room // 2 // (CHUNK_ROWS * row_bytes))
+        if len(rows) * row_bytes <= rows.memory:
+            self._per_window = n_blocks
+        self._done = int(state["rows"]) if state else 0
+        # Two windows take turns in memory that is asked for once: new pages are slow to come by.
+        most = min(self._per_window * CHUNK_ROWS, len(rows))
+        self._buffers = [
+            [np.empty((most, self._width), self._dtype) for _ in self._names]
+            for _ in range(1 if self._per_window >= n_blocks else 2)
+        ]
+        self._reader = ThreadPoolExecutor(1, "read")
+        self._mixer = ThreadPoolExecutor(1, "mix")
+        self._stream = self._from(self._done)
+        self._next = self._mixer.submit(next, self._stream)
+
+    @property
+    def state(self) -> State:
+        """What `Rows.batches` needs, with the same arguments, to go on from here to the bit."""
+        return {"rows": self._done}
+
+    def __iter__(self) -> Batches:
+        return self
+
+    def __next__(self) -> Any:
+        batch = self._next.result()
+        self._done += self._size
+        self._next = self._mixer.submit(next, self._stream)
+        return tuple(batch) if len(batch) > 1 else batch[0]
+
+    def close(self) -> None:
+        """Stop reading ahead, and give the memory back."""
+        for pool in (self._mixer, self._reader):
+            pool.shutdown(wait=True, cancel_futures=True)
+        self._stream.close()
+        self._buffers.clear()
+
+    def _from(self, done: int) -> Generator[list[np.ndarray], None, None]:
+        """The batches from row `done` of the stream on; on the mixer's thread."""
+        plan, buffers = self._plan(done), itertools.cycle(self._buffers)
+        own, order = next(plan)
+        window = self._reader.submit(self._read, own, next(buffers))
+        parts: list[list[np.ndarray]] = []
+        missing = self._size
+        while True:
+            held = window.result()
+            own, following = next(plan)
+            if len(self._buffers) > 1:  # else all rows are held already
+                window = self._reader.submit(self._read, own, next(buffers))
+            while len(order):
+                chosen, order = order[:missing], order[missing:]
+                parts.append([x[chosen].astype(np.float32, copy=False) for x in held])
+                missing -= len(chosen)
+                if not missing:
+                    yield [
+                        x[0] if len(x) == 1 else np.concatenate(x) for x in zip(*parts, strict=True)
+                    ]
+                    parts, missing = [], self._size
+            order = following
+
+    def _plan(self, done: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Of each window from row `done` of the stream on: its blocks, the order of its rows."""
+        count = self._rows.blocks.count
+        first, row = divmod(done, len(self._rows))
+        for epoch in itertools.count(first):
+            drawn = np.random.default_rng([self._seed, epoch]).permutation(len(count))
+            for window, start in enumerate(range(0, len(count), self._per_window)):
+                own = np.sort(drawn[start : start + self._per_window])
+                rows = int(count[own].sum())
+                if row < rows:
+                    random = np.random.default_rng([self._seed, epoch, window + 1])
+                    yield own, random.permutation(rows)[row:]
+                row = max(0, row - rows)
+
+    def _read(self, own: np.ndarray, arrays: list[np.ndarray]) -> list[np.ndarray]:
+        """Read a window's blocks into `arrays`, shard after shard; on the reader's thread."""
+        filled = 0
+        for shard, where in self._by_shard(own):
+            documents = self._rows.store.rows(shard, "document", where)
+            kept = [self._rows.chosen(document) for document in documents]
+            for array, name in zip(arrays, self._names, strict=True):
+                at = filled
+                for x, chosen in zip(self._rows.store.rows(shard, name, where), kept, strict=True):
+                    count = int(chosen.sum())
+                    array[at : at + count] = x if count == len(x) else x[chosen]
+                    at += count
+            filled += sum(int(chosen.sum()) for chosen in kept)
+        return arrays
+
+    def _by_shard(self, own: np.ndarray) -> Iterator[tuple[Shard, list[tuple[int, int]]]]:
+        """The blocks of each shard, as first and last row."""
+        blocks, shards = self._rows.blocks, self._rows.store.manifest.shards
+        for index in np.unique(blocks.shard[own]):
+            start = blocks.start[own[blocks.shard[own] == index]]
+            yield shards[index], [(int(at), int(at) + CHUNK_ROWS) for at in start]
 
 
 def split_by_document(
@@ -105,7 +244,13 @@ def split_by_document(
     Raises:
       UserError: there are too few documents, or they are too unequal, for three parts.
     """
-    ids, counts = np.unique(store.column("document"), return_counts=True)
+    counts = np.zeros(0, np.int64)
+    for shard in store.manifest.shards:
+        here = np.bincount(store.read(shard, "document"), minlength=len(counts))
+        here[: len(counts)] += counts
+        counts = here
+    ids = np.flatnonzero(counts)
+    counts = counts[ids]
     if len(ids) < 3:
         raise UserError(
             f"{store.path}: holds {len(ids)} document(s); a split into {', '.join(SPLITS)} needs "
@@ -139,27 +284,10 @@ def statistics(rows: Rows) -> tuple[Normaliser, Bulk]:
     The scale is the root mean square of the centred rows' entries, so that x' has on average one
     unit of variance a dimension.
     """
-    count, norms = 0, []
-    width = rows.store.width(rows.hook)
-    mean, spread = np.zeros(width), np.zeros(width)
-    for x, _ in rows.by_shard():
-        if not len(x):
-            continue
-        norms.append(row_norms(x))
-        here = x.mean(axis=0, dtype=np.float64)
-        delta = here - mean
-        total = count + len(x)
-        # Chan's update: exact for parts of any size, and without the cancellation of E[x^2]-E[x]^2
-        spread += ((x - here) ** 2).sum(axis=0) + delta**2 * (count * len(x) / total)
-        mean += delta * (len(x) / total)
-        count = total
-    variance = spread / count
-    if not variance.sum() > 0:
+    moments = Moments.over(x for x, _ in rows.by_shard())
+    if not moments.deviations.sum() > 0:
         raise UserError(f"{rows.store.path}: the training rows of {rows.hook} are all the same")
-    scale = np.sqrt(variance.mean())
-    normaliser = Normaliser(jnp.asarray(mean, jnp.float32), jnp.asarray(scale, jnp.float32))
-    bulk = Bulk(
-        carriers=variance > 0.1 * variance.sum(),
-        norm_limit=float(5 * np.median(np.concatenate(norms))),
+    normaliser = Normaliser(
+        jnp.asarray(moments.mean, jnp.float32), jnp.asarray(moments.scale, jnp.float32)
     )
-    return normaliser, bulk
+    return normaliser, Bulk(carriers=moments.carriers, norm_limit=moments.norm_limit)

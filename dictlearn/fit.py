@@ -8,6 +8,7 @@ and writes the run.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -22,7 +23,10 @@ import jax.numpy as jnp
 import tomli_w
 
 from activations.config import read_toml, validate
-from activations.store import Store, replace_file
+from activations.files import replace_file
+from activations.precision import DTYPES
+from activations.store import Store
+from activations.store import verify as verify_store
 from activations.terminal import UserError, progress, run_command
 from dictlearn import artifact, heldout, report
 from dictlearn.config import FitConfig
@@ -38,12 +42,15 @@ if TYPE_CHECKING:
 _INIT_ROWS = 32768
 
 
-def fit(config: FitConfig, *, where: str = "config", overwrite: bool = False) -> Path:
+def fit(
+    config: FitConfig, *, where: str = "config", overwrite: bool = False, verify: bool = False
+) -> Path:
     """Fit a dictionary as `config` says, and return the run's directory.
 
     Arguments:
       where: what messages call the config.
       overwrite: replace the run at `config.output`.
+      verify: read the whole store first, and compare its checksums.
 
     Raises:
       UserError: the config, the store or the output cannot be used; a step gave NaN.
@@ -52,6 +59,8 @@ def fit(config: FitConfig, *, where: str = "config", overwrite: bool = False) ->
     recipe = _recipe(config, where)
     if recipe is not None:
         _make_store(recipe)
+    if verify:
+        verify_store(config.data.store)
     store = Store(config.data.store)
     store.width(config.data.hook)
     parts = split_by_document(
@@ -106,6 +115,7 @@ def _train(
     step = 0
     try:
         with (
+            contextlib.closing(batches),
             (run / "train.jsonl").open("w", buffering=1) as log,
             progress(total=n_steps, unit="step", desc=f"fit {config.solver.name}") as bar,
         ):
@@ -219,6 +229,7 @@ def _metadata(config: FitConfig, store: Store, parts: dict[str, Rows]) -> dict[s
         "hook": config.data.hook,
         "model": manifest.model,
         "corpus": manifest.corpus,
+        "harvest": manifest.request,
         "context_length": manifest.context_length,
         "dropped_positions": manifest.dropped_positions,
         "store": {"path": str(store.path), "manifest_sha256": manifest.sha256()},
@@ -262,7 +273,9 @@ def plan(config: FitConfig, where: str, *, overwrite: bool) -> dict[str, str]:
         lines["harvest"] = f"from {recipe.model}"
         (rows, width), about, size = missing, "at most about ", None
         if rows is not None and width is not None:
-            size = rows * (4 * width * len(recipe.hooks) + 24)  # rows, columns, sequences
+            datasets = len(recipe.hooks) * (2 if recipe.gradients else 1)
+            item = DTYPES[recipe.dtype].itemsize
+            size = rows * (item * width * datasets + 24)  # rows, columns, sequences
     else:
         store = Store(config.data.store)
         rows, width = len(store), store.width(config.data.hook)
@@ -291,13 +304,15 @@ def main() -> None:
     )
     parser.add_argument("--dry-run", action="store_true", help="say what would happen, do nothing")
     parser.add_argument("--overwrite", action="store_true", help="replace the run at `output`")
+    parser.add_argument("--verify", action="store_true", help="compare the store's checksums first")
     arguments = parser.parse_args()
     where = str(arguments.config)
     config = validate(FitConfig, read_toml(arguments.config, arguments.set), where)
     if arguments.dry_run:
         report.show_plan(plan(config, where, overwrite=arguments.overwrite))
         return
-    report.show(fit(config, where=where, overwrite=arguments.overwrite))
+    run = fit(config, where=where, overwrite=arguments.overwrite, verify=arguments.verify)
+    report.show(run)
 
 
 def command() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 import dictlearn
 from activations import models
-from activations.harvest import HookReader
+from activations.hooks import HookReader
 from activations.store import Store
 from dictlearn import metrics
 
@@ -64,8 +64,8 @@ def test_the_store_replays_and_the_run_decodes_it(fitted):
     store, run = Store(folder / "store"), dictlearn.load(folder / "run")
     hook, shard = run.metadata["hook"], store.manifest.shards[0]
     stored = store.activations(shard, hook)[store.read(shard, "sequence") == 0]
-    token = store.read(shard, "sequences/token")
-    kept = store.read(shard, "sequences/document")[0] >= 0
+    token, document = store.sequences[:, 0], store.sequences[:, 1]
+    kept = document[0] >= 0
     model = models.load(run.metadata["model"]["spec"])
     assert model.identity.weights_sha256 == run.metadata["model"]["weights_sha256"]
     batch = store.manifest.forward["batch_size"]

@@ -65,6 +65,13 @@ def test_a_good_config_becomes_the_typed_one(path: Path) -> None:
         ("model=", "model: expected at least 1 character, got ''"),
         ("hooks=[]", "hooks: expected at least 1 item"),
         ("hooks=['a', 'a']", "hooks: a hook is named twice"),
+        ("shard_tokens=0", "shard_tokens: expected greater than or equal to 1, got 0"),
+        ("max_tokens=0", "max_tokens: expected greater than or equal to 1, got 0"),
+        ("gradients=1", "gradients: expected a valid boolean, got 1"),
+        ("cross_document_attention='no'", "cross_document_attention: expected a valid boolean"),
+        ("dtype='float64'", "dtype: expected 'float32', 'bfloat16' or 'float16', got 'float64'"),
+        ("compression='zstd'", "compression: expected 'none', 'lzf' or 'gzip', got 'zstd'"),
+        ("marks='BOS'", "marks: expected 'bos', 'eos' or 'none', got 'BOS'"),
         ("corpus.documents_are='pages'", "corpus.documents_are: expected 'files', 'paragraphs'"),
         # Unions.
         ("corpus.kind='filez'", "corpus.kind: no kind 'filez'. Did you mean files?"),
@@ -151,7 +158,7 @@ def test_a_malformed_override_is_told(path: Path, override: str) -> None:
 
 
 def test_what_is_written_out_reads_back_as_the_same_config(path: Path) -> None:
-    config = parse(path)
+    config = parse(path, GOOD, "gradients=true", "dtype=bfloat16", "compression=lzf", "marks=eos")
     table = json.loads(json.dumps(config.request)) | {"store": str(config.store)}
     del table["corpus"]["kind"]
     with pytest.raises(UserError, match="corpus: expected a table"):

@@ -1,375 +1,380 @@
-"""Laws of the store: what was written is read, and nothing else ever looks whole."""
+"""Laws of the store: what was written is read, and nothing that has changed looks whole."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import json
 import os
-import resource
-import subprocess
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 import pytest
 
-from activations.store import (
-    COLUMNS,
-    MANIFEST,
-    Manifest,
-    Store,
-    StoreError,
-    StoreWriter,
-    open_writer,
-)
+from activations.files import sealed, sha256
+from activations.precision import DTYPES
+from activations.store import COLUMNS, MANIFEST, SEQUENCES, VOCABULARY, Manifest, Store, StoreError
+from activations.store import verify as verify_store
 from activations.terminal import UserError
+from activations.writer import write_store
 
-HOOK = "blocks.0.hook_resid_post"
-WIDTH, CONTEXT, PER_SHARD, N_SHARDS = 4, 5, 2, 3
-MANIFEST_OF_TESTS = Manifest(
-    request={"model": "dir:none"},
-    model={"spec": "dir:none"},
-    corpus={},
-    forward={"threads": 1},
-    hooks={HOOK: WIDTH},
-    context_length=CONTEXT,
-    n_sequences=PER_SHARD * N_SHARDS,
-    dropped_positions=("special",),
-)
+HOOKS = {"blocks.0.hook_resid_post": 4, "blocks.1.mlp.hook_post": 6}
+HOOK = next(iter(HOOKS))
+ROWS = (50, 1, 300)
+Command = Callable[..., tuple[int, str, str]]
 
 
-def shard_data(index: int) -> dict[str, np.ndarray]:
-    """What shard `index` holds: every position but the first of its sequences."""
+def datasets(index: int, dtype: str = "float32", *, gradients: bool = True) -> dict[str, Any]:
+    """What shard `index` holds."""
     rng = np.random.default_rng(index)
-    sequences = rng.integers(0, 99, (PER_SHARD, CONTEXT), np.int32)
-    kept = np.arange(CONTEXT) > 0
-    rows = PER_SHARD * (CONTEXT - 1)
+    kinds = ("activations", "gradients") if gradients else ("activations",)
     return {
-        f"activations/{HOOK}": rng.standard_normal((rows, WIDTH), np.float32),
-        "token": sequences[:, kept].ravel(),
-        "document": np.full(rows, index, np.int32),
-        "sequence": np.repeat(np.arange(PER_SHARD, dtype=np.int32) + PER_SHARD * index, 4),
-        "position": np.tile(np.arange(1, CONTEXT, dtype=np.int32), PER_SHARD),
-        "sequences/token": sequences,
-        "sequences/document": np.where(kept, np.int32(index), np.int32(-1))
-        * np.ones_like(sequences),
+        **{
+            f"{kind}/{hook}": rng.standard_normal((ROWS[index], width)).astype(DTYPES[dtype])
+            for kind in kinds
+            for hook, width in HOOKS.items()
+        },
+        **{name: rng.integers(0, 99, ROWS[index], np.int32) for name in COLUMNS},
     }
 
 
-def write_rest(writer: StoreWriter) -> None:
-    for index in range(writer.sequences_done // PER_SHARD, N_SHARDS):
-        writer.write_shard(shard_data(index))
-    writer.finish()
+SEQUENCES_OF_TESTS = np.random.default_rng(0).integers(0, 99, (3, 2, 5), np.int32)
 
 
-def write(path: Path, manifest: Manifest = MANIFEST_OF_TESTS) -> None:
-    with open_writer(path, manifest) as writer:
-        write_rest(writer)
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in path.iterdir() if file.name != ".lock"}
+def write(path: Path, dtype: str = "float32", *, gradients: bool = True, **settings: Any) -> Path:
+    facts: dict[str, Any] = {
+        "request": {"model": "dir:none"},
+        "model": {"spec": "dir:none"},
+        "corpus": {},
+        "forward": {"threads": 1},
+        "hooks": HOOKS,
+        "context_length": 5,
+        "n_documents": 3,
+        "shard_sequences": 1,
+        "dropped_positions": ("special",),
+        "dtype": dtype,
+        "gradients": gradients,
+    }
+    write_store(
+        path,
+        (datasets(index, dtype, gradients=gradients) for index in range(len(ROWS))),
+        sequences=SEQUENCES_OF_TESTS,
+        vocabulary={7: " the", 8: "é\n"},
+        **facts | settings,
+    )
+    return path
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     """A finished store."""
-    write(tmp_path / "store")
-    return tmp_path / "store"
+    return write(tmp_path / "store")
 
 
-class Killed(BaseException):
-    """No handler of ordinary errors stops it."""
+def rewrite(path: Path, **changes: Any) -> None:
+    """Change a manifest, and seal it as if it had been written so."""
+    table = dataclasses.asdict(Store(path).manifest) | changes
+    (path / MANIFEST).write_text(sealed(json.loads(json.dumps(table))))
 
 
-def fail_at(
-    monkeypatch: pytest.MonkeyPatch, moment: int, error: Callable[[], BaseException]
-) -> Callable[[], int]:
-    """Raise `error` at the moment-th flush or rename; the result counts the calls so far."""
-    calls = 0
-
-    def failing(real: Callable[..., None]) -> Callable[..., None]:
-        def call(*arguments: object) -> None:
-            nonlocal calls
-            calls += 1
-            if calls == moment:
-                raise error()
-            real(*arguments)
-
-        return call
-
-    for name in ("fsync", "replace"):
-        monkeypatch.setattr(os, name, failing(getattr(os, name)))
-    return lambda: calls
+# What was written is read
 
 
-def moments() -> range:
-    """Each flush (of file and folder) and rename of: manifest, (shard, manifest) x n, manifest."""
-    return range(1, 3 * (2 * N_SHARDS + 2) + 1)
-
-
-def test_what_was_written_is_read(path: Path) -> None:
-    store = Store(path)
-    assert len(store) == PER_SHARD * N_SHARDS * (CONTEXT - 1)
-    assert store.width(HOOK) == WIDTH
+@pytest.mark.parametrize("compression", ["none", "lzf", "gzip"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gradients", [False, True])
+def test_what_was_written_is_read_to_the_bit(
+    tmp_path: Path, dtype: str, compression: str, gradients: bool
+) -> None:
+    store = Store(write(tmp_path / "s", dtype, gradients=gradients, compression=compression))
+    assert len(store) == sum(ROWS)
     for index, shard in enumerate(store.manifest.shards):
-        data = shard_data(index)
-        np.testing.assert_array_equal(store.activations(shard, HOOK), data[f"activations/{HOOK}"])
-        for name, values in data.items():
+        written = datasets(index, dtype, gradients=gradients)
+        for name, values in written.items():
             read = store.read(shard, name)
             assert read.dtype == values.dtype
-            np.testing.assert_array_equal(read, values)
+            assert read.tobytes() == values.tobytes()
+            assert store.read(shard, name, 20, 40).tobytes() == values[20:40].tobytes()
+            blocks = [(0, 3), (17, 30), (299, 999)]
+            parts = list(store.rows(shard, name, blocks))
+            for (start, stop), part in zip(blocks, parts, strict=True):
+                assert part.tobytes() == values[start:stop].tobytes()
+            assert np.concatenate(list(store.rows(shard, name))).tobytes() == values.tobytes()
+        for hook in HOOKS:
+            x = store.activations(shard, hook)
+            assert x.dtype == np.float32
+            np.testing.assert_array_equal(x, written[f"activations/{hook}"].astype(np.float32))
+    every = [datasets(index, gradients=gradients) for index in range(len(ROWS))]
     for name in COLUMNS:
-        wanted = np.concatenate([shard_data(index)[name] for index in range(N_SHARDS)])
-        np.testing.assert_array_equal(store.column(name), wanted)
+        np.testing.assert_array_equal(
+            store.column(name), np.concatenate([shard[name] for shard in every])
+        )
+    np.testing.assert_array_equal(store.sequences, SEQUENCES_OF_TESTS)
+    assert store.vocabulary == {7: " the", 8: "é\n"}
+    assert {hook: store.width(hook) for hook in HOOKS} == HOOKS
 
 
-def test_a_manifest_file_reads_back_as_itself_and_names_the_store(path: Path) -> None:
-    manifest = Store(path).manifest
-    assert (path / MANIFEST).read_text() == manifest.to_json()
-    other = dataclasses.replace(manifest, shards=manifest.shards[:-1])
-    assert other.sha256() != manifest.sha256()
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_plain_h5py_reads_the_same_values(tmp_path: Path, dtype: str) -> None:
+    path = write(tmp_path / "store", dtype)
+    for index in range(len(ROWS)):
+        with h5py.File(path / f"shard-{index:05d}.h5") as file:
+            for name, values in datasets(index, dtype).items():
+                plain = file[name]
+                assert isinstance(plain, h5py.Dataset)
+                np.testing.assert_array_equal(plain[...], values.astype(plain.dtype))
+                if name.startswith("activations"):
+                    assert plain.dtype == (np.float16 if dtype == "float16" else np.float32)
 
 
-def test_float32_survives_to_the_bit(tmp_path: Path) -> None:
-    bits = np.random.default_rng(0).integers(0, 2**32, (8, WIDTH), np.uint32)
-    bits[0] = [0x80000000, 0x00000001, 0x7F7FFFFF, 0xFF7FFFFF]  # -0, subnormal, both ends
-    x = bits.view(np.float32)
-    x[~np.isfinite(x)] = 1
-    with open_writer(tmp_path / "store", MANIFEST_OF_TESTS) as writer:
-        writer.write_shard(shard_data(0) | {f"activations/{HOOK}": x})
-        writer.finish()
-    store = Store(tmp_path / "store")
-    assert store.activations(store.manifest.shards[0], HOOK).tobytes() == x.tobytes()
+@pytest.mark.parametrize("bad", [[np.nan], [np.inf], [np.inf, -np.inf]])
+@pytest.mark.parametrize("kind", ["activations", "gradients"])
+def test_a_row_that_is_not_finite_is_named(tmp_path: Path, kind: str, bad: list[float]) -> None:
+    def poisoned(index: int) -> dict[str, Any]:
+        data = datasets(index)
+        if index == 2:
+            data[f"{kind}/{HOOK}"][271, : len(bad)] = bad
+        return data
+
+    store = Store(write(tmp_path / "whole"))
+    manifest = store.manifest
+    facts = {
+        field.name: getattr(manifest, field.name)
+        for field in dataclasses.fields(Manifest)
+        if field.name not in ("n_sequences", "files", "shards", "complete", "schema")
+    }
+    write_store(
+        tmp_path / "bad", map(poisoned, range(3)), sequences=SEQUENCES_OF_TESTS, vocabulary={},
+        **facts,
+    )  # fmt: skip
+    store = Store(tmp_path / "bad")
+    token = datasets(2)["token"][271]
+    with pytest.raises(StoreError, match=rf"shard-00002\.h5: row 271 \(token {token}\) of {kind}/"):
+        list(store.rows(store.manifest.shards[2], f"{kind}/{HOOK}"))
+    assert list(store.rows(store.manifest.shards[2], f"{kind}/{HOOK}", [(0, 271), (272, 300)]))
 
 
-def test_a_kill_at_any_moment_is_made_good_to_the_byte(path: Path, tmp_path: Path) -> None:
-    whole = contents(path)
-    for moment in moments():
-        target = tmp_path / f"{moment}"
-        with pytest.MonkeyPatch.context() as patch:
-            fail_at(patch, moment, Killed)
-            patch.setattr(Path, "unlink", lambda *_, **__: None)  # the dead tidy nothing
-            with pytest.raises(Killed):
-                write(target)
-        for torn in target.glob("*.partial"):
-            torn.write_bytes(torn.read_bytes()[:-7])
-        if contents(target).get(MANIFEST) != whole[MANIFEST]:
-            with pytest.raises(StoreError, match=r"unfinished|no store"):
-                Store(target)
-        write(target)
-        assert contents(target) == whole
+def test_what_the_store_does_not_hold_is_told(tmp_path: Path) -> None:
+    store = Store(write(tmp_path / "store", gradients=False))
+    shard = store.manifest.shards[0]
+    for use in (store.width, lambda hook: list(store.rows(shard, f"activations/{hook}"))):
+        with pytest.raises(StoreError, match=f"no hook 'blocks.9.x'; it holds {HOOK}, blocks"):
+            use("blocks.9.x")
+    with pytest.raises(StoreError, match="without gradients"):
+        list(store.rows(shard, f"gradients/{HOOK}"))
 
 
-def test_the_moments_of_the_kill_are_all_there_are(path: Path, tmp_path: Path) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        count = fail_at(patch, 0, Killed)
-        write(tmp_path / "counted")
-    assert count() == len(moments())
+# Nothing that has changed looks whole
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_keeps_the_finished_shards(path: Path, tmp_path: Path, code: int) -> None:
-    whole = contents(path)
-    for moment in moments():
-        target = tmp_path / f"{moment}"
-        with pytest.MonkeyPatch.context() as patch:
-            fail_at(patch, moment, lambda: OSError(code, os.strerror(code)))
-            with pytest.raises(StoreError, match=r"no space left.*goes on where it stopped"):
-                write(target)
-        if target.exists():  # else nothing had been written yet
-            assert not list(target.glob("*.partial"))
-            for shard in json.loads((target / MANIFEST).read_text())["shards"]:
-                assert (target / shard["file"]).read_bytes() == whole[shard["file"]]
-        write(target)
-        assert contents(target) == whole
+def test_a_flipped_bit_anywhere_is_found(path: Path) -> None:
+    """200 random ones over all bytes of all files, each put back before the next."""
+    files = sorted(file for file in path.iterdir() if not file.name.startswith("."))
+    assert len(files) == len(ROWS) + 3
+    rng = np.random.default_rng(0)
+    verify_store(path)
+    for _ in range(200):
+        file = files[rng.integers(len(files))]  # each file as often, however small
+        good = file.read_bytes()
+        bad = bytearray(good)
+        bad[rng.integers(len(good))] ^= 1 << int(rng.integers(8))
+        file.write_bytes(bad)
+        with pytest.raises(UserError, match=file.name):
+            verify_store(path)
+        file.write_bytes(good)
+    verify_store(path)
 
 
-def test_other_errors_of_the_disk_are_not_called_a_full_one(tmp_path: Path) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        fail_at(patch, 4, lambda: OSError(errno.EIO, "input/output error"))
-        with pytest.raises(OSError, match="input/output"):
-            write(tmp_path / "store")
+@pytest.mark.parametrize("end", ["\n", " ", "{}", "\x00"])
+def test_a_manifest_has_one_form_only(path: Path, end: str) -> None:
+    file = path / MANIFEST
+    text = file.read_text()
+    assert Store(path).manifest.to_json() == text
+    file.write_text(text + end)
+    with pytest.raises(StoreError, match=r"manifest\.json: cannot be read"):
+        Store(path)
+    file.write_text(json.dumps(json.loads(text)))
+    with pytest.raises(StoreError, match="checksum does not fit"):
+        Store(path)
 
 
-@contextlib.contextmanager
-def tmpfs(folder: Path) -> Iterator[Path]:
-    """A file system of 256 KiB at `folder`."""
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("mounting a file system is not permitted here")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
-
-
-@contextlib.contextmanager
-def small_files(limit: int) -> Iterator[None]:
-    """No file may grow beyond `limit` bytes (the kernel answers EFBIG)."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_a_disk_that_is_really_full(path: Path, tmp_path: Path) -> None:
-    with tmpfs(tmp_path / "small") as disk:
-        hog = disk / "hog"
-        page, size = 4096, (path / "shard-00000.h5").stat().st_size
-        room = 2 * page + -(-size // page) * page  # the manifest twice, one shard
-        hog.write_bytes(bytes(256 * 1024 - room))
-        with pytest.raises(StoreError, match=r"after 1 finished shards, which are kept"):
-            write(disk / "store")
-        assert not list((disk / "store").glob("*.partial"))
-        hog.unlink()
-        write(disk / "store")
-        assert contents(disk / "store") == contents(path)
-
-
-def test_a_file_that_the_system_refuses_to_grow(path: Path, tmp_path: Path) -> None:
-    size = (path / "shard-00000.h5").stat().st_size
-    with small_files(size - 1), pytest.raises(StoreError, match="no space left"):
-        write(tmp_path / "second")
-    assert set(contents(tmp_path / "second")) == {MANIFEST}
-    write(tmp_path / "second")
-    assert contents(tmp_path / "second") == contents(path)
-
-
-def test_a_failure_before_the_first_shard_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), open_writer(tmp_path / "store", MANIFEST_OF_TESTS):
-        raise ZeroDivisionError
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_second_writer_is_refused(path: Path) -> None:
-    before = contents(path)
-    with (
-        open_writer(path, MANIFEST_OF_TESTS),
-        pytest.raises(StoreError, match="another process is writing this store"),
-        open_writer(path, MANIFEST_OF_TESTS),
-    ):
-        pass
-    assert contents(path) == before
-    with open_writer(path, MANIFEST_OF_TESTS) as writer:  # the lock died with its holder
-        assert writer.sequences_done == PER_SHARD * N_SHARDS
-
-
-def test_what_killed_writers_left_is_swept(path: Path) -> None:
-    whole = contents(path)
-    (path / "shard-00001.h5.partial").write_bytes(b"half")
-    write(path)
-    assert contents(path) == whole
-
-
-def test_a_store_begun_with_other_settings_is_refused(path: Path) -> None:
-    before = contents(path)
-    other = dataclasses.replace(
-        MANIFEST_OF_TESTS, forward={"threads": 2}, request={"model": "dir:none", "new": 1}
-    )
-    with pytest.raises(StoreError, match=r"forward\.threads: there 1, asked 2\n") as caught:
-        write(path, other)
-    assert "request.new: there None, asked 1" in str(caught.value)
-    assert contents(path) == before
+def test_verify_names_every_file(path: Path, run_command: Command) -> None:
+    code, out, err = run_command("activations.verify", path)
+    assert (code, out) == (0, f"{path}: the checksums of all 3 shards and the manifest fit.\n")
+    (path / "shard-00000.h5").unlink()
+    for name in ("shard-00002.h5", SEQUENCES):
+        with (path / name).open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            last = file.read(1)[0]
+            file.seek(-1, os.SEEK_END)
+            file.write(bytes([last ^ 128]))
+    code, out, err = run_command("activations.verify", path)
+    assert (code, out) == (2, "")
+    message = err[err.index("error: ") :]
+    assert "3 of 5 files are not as they were written" in message
+    assert "shard-00000.h5: is missing" in message
+    for name in ("shard-00002.h5", SEQUENCES):
+        assert f"{name}: is damaged" in message
+    assert "shard-00001.h5" not in message
+    assert VOCABULARY not in message
+    assert "Traceback" not in err
 
 
 def test_a_shard_that_is_cut_or_gone_is_named_on_opening(path: Path) -> None:
     file = path / "shard-00001.h5"
-    whole = file.read_bytes()
-    file.write_bytes(whole[:-1])
-    with pytest.raises(StoreError, match=r"shard-00001\.h5: has [\d,]+ bytes, but the manifest"):
-        Store(path)
+    content = file.read_bytes()
+    for cut in (0, 10, len(content) - 1):
+        file.write_bytes(content[:cut])
+        with pytest.raises(StoreError, match=r"shard-00001\.h5: has [\d,]+ bytes"):
+            Store(path)
     file.unlink()
     with pytest.raises(StoreError, match=r"shard-00001\.h5: is missing"):
         Store(path)
-    file.write_bytes(bytes(len(whole)))  # the right size, but no HDF5
-    store = Store(path)
-    with pytest.raises(StoreError, match=r"shard-00001\.h5: token cannot be read"):
-        store.column("token")
+    file.write_bytes(bytes(len(content)))
+    with pytest.raises(StoreError, match=r"shard-00001\.h5: cannot be read"):
+        Store(path)
+    file.write_bytes(content)
+    for name in (SEQUENCES, VOCABULARY):
+        (path / name).rename(path / "away")
+        with pytest.raises(StoreError, match=f"{name}: is missing"):
+            Store(path)
+        (path / "away").rename(path / name)
+    Store(path)
 
 
-@pytest.mark.parametrize("values", [[np.nan], [np.inf], [-np.inf], [np.inf, -np.inf]])
-def test_a_row_that_is_not_finite_is_named(tmp_path: Path, values: list[float]) -> None:
-    data = shard_data(1)
-    row = 5
-    data[f"activations/{HOOK}"][row, : len(values)] = values
-    with open_writer(tmp_path / "store", MANIFEST_OF_TESTS) as writer:
-        writer.write_shard(shard_data(0))
-        writer.write_shard(data)
-        writer.finish()
-    store = Store(tmp_path / "store")
-    sound, ill = store.manifest.shards
-    assert np.isfinite(store.activations(sound, HOOK)).all()
-    with pytest.raises(
-        StoreError, match=rf"shard-00001\.h5: row {row} \(token {data['token'][row]}\) at {HOOK}"
-    ):
-        store.activations(ill, HOOK)
+def test_a_shard_of_another_store_is_told(path: Path, tmp_path: Path) -> None:
+    """Of the same size and shape: only its mark tells."""
+    other = write(tmp_path / "other", model={"spec": "dir:some"})
+    name = "shard-00001.h5"
+    assert (other / name).stat().st_size == (path / name).stat().st_size
+    shutil.copy(other / name, path / name)
+    with pytest.raises(StoreError, match=r"shard-00001\.h5: is a shard of another store"):
+        Store(path)
 
 
-def test_an_unknown_hook_is_told_with_those_there_are(path: Path) -> None:
-    store = Store(path)
-    for ask in (store.width, lambda hook: store.activations(store.manifest.shards[0], hook)):
-        with pytest.raises(StoreError, match=rf"no hook 'blocks\.9'; it holds {HOOK}"):
-            ask("blocks.9")
+def test_swapped_shards_are_told(tmp_path: Path) -> None:
+    path = write(tmp_path / "store")
+    first, last = path / "shard-00000.h5", path / "shard-00002.h5"
+    manifest = Store(path).manifest
+    first.rename(path / "away")
+    last.rename(first)
+    (path / "away").rename(last)
+    shards = [dataclasses.asdict(shard) for shard in manifest.shards]
+    for one, other in ((0, 2), (2, 0)):
+        twin = manifest.shards[other]
+        shards[one] |= {"rows": twin.rows, "bytes": twin.bytes, "sha256": twin.sha256}
+    table = dataclasses.asdict(manifest) | {"shards": shards}
+    (path / MANIFEST).write_text(sealed(json.loads(json.dumps(table))))
+    verify_store(path)  # every checksum fits
+    with pytest.raises(StoreError, match=r"shard-00000\.h5: is a shard .* or another shard"):
+        Store(path)
 
 
-def test_what_is_no_store_is_told_and_never_written_over(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="no store there"):
-        Store(tmp_path / "absent")
-    with pytest.raises(StoreError, match="no store there"):
-        Store(tmp_path)
-    mine = tmp_path / "film.partial"
-    mine.write_text("a download of the user's own")
-    for place in (tmp_path, mine):
-        for use in (Store, write):
-            with pytest.raises(StoreError, match=r"is no store|cannot be made into a store"):
-                use(place)
-    with pytest.raises(StoreError, match="cannot be made into a store"):
-        write(mine / "below")
-    assert contents(tmp_path) == {"film.partial": b"a download of the user's own"}
+@pytest.mark.parametrize(
+    ("name", "change", "expected"),
+    [
+        (f"activations/{HOOK}", "delete", f"holds no activations/{HOOK}"),
+        (f"gradients/{HOOK}", "delete", f"holds no gradients/{HOOK}"),
+        (f"activations/{HOOK}", "cut", r"is \(1, 3, 'float32'\), but the manifest tells"),
+        (f"activations/{HOOK}", "narrow", r"is \(1, 4, 'float16'\), but the manifest tells"),
+    ],
+)
+def test_a_hook_that_some_shard_lacks_is_told(
+    path: Path, name: str, change: str, expected: str
+) -> None:
+    manifest = Store(path).manifest
+    file = path / "shard-00001.h5"
+    with h5py.File(file, "r+") as opened:
+        values = datasets(1)[name]
+        del opened[name]
+        if change == "cut":
+            opened[name] = values[:, :3]
+        if change == "narrow":
+            opened[name] = values.astype(np.float16)
+    shards = [dataclasses.asdict(shard) for shard in manifest.shards]
+    shards[1] |= {"bytes": file.stat().st_size, "sha256": sha256(file)}
+    table = dataclasses.asdict(manifest) | {"shards": shards}
+    (path / MANIFEST).write_text(sealed(json.loads(json.dumps(table))))
+    with pytest.raises(StoreError, match=rf"shard-00001\.h5: .*{expected}"):
+        Store(path)
 
 
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"schema": 2}, "schema 2, but this version reads schema 1"),
-        ({"schema": None}, "schema None"),
+        ({"schema": 3}, "schema 3, but this version reads schema 2. Update"),
+        ({"schema": 1}, "schema 1, but this version reads schema 2. Delete"),
+        ({"schema": None}, "schema"),
         ({"complete": "yes"}, "complete: expected a valid boolean"),
-        ({"shards": [{"file": "x"}]}, r"shards\.0\.rows: missing"),
+        ({"complete": False}, r"unfinished \(3 of 3 shards\)"),
+        ({"shards": [{"index": 0}]}, r"shards\.0\.rows: missing"),
+        ({"dtype": "int8"}, "dtype"),
         ({"colour": "red"}, "colour: unknown key"),
     ],
 )
 def test_a_manifest_of_another_kind_is_refused(
-    path: Path, change: dict[str, object], expected: str
+    path: Path, change: dict[str, Any], expected: str
 ) -> None:
-    table = json.loads((path / MANIFEST).read_text())
-    (path / MANIFEST).write_text(json.dumps(table | change))
-    with pytest.raises(UserError, match=expected):  # validate() raises UserError
+    rewrite(path, **change)
+    with pytest.raises(UserError, match=expected):
         Store(path)
+    with pytest.raises(UserError, match=expected):
+        verify_store(path)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "\xff", '"manifest"'])
+@pytest.mark.parametrize("text", ["", "[]", "{", "\xff", '"manifest"', "[" * 10**5, "\x00" * 9])
 def test_a_manifest_that_is_torn_is_refused(path: Path, text: str) -> None:
     (path / MANIFEST).write_bytes(text.encode("latin-1"))
-    with pytest.raises(UserError, match=MANIFEST):
+    with pytest.raises(StoreError, match=MANIFEST):
         Store(path)
 
 
-def test_an_unfinished_store_tells_how_far_it_is(tmp_path: Path) -> None:
-    with open_writer(tmp_path / "store", MANIFEST_OF_TESTS) as writer:
-        writer.write_shard(shard_data(0))
-    with pytest.raises(StoreError, match=r"unfinished \(2 of 6 sequences\)"):
-        Store(tmp_path / "store")
+def test_what_is_no_store_is_told_and_never_written_over(tmp_path: Path) -> None:
+    for place in (tmp_path / "absent", tmp_path):
+        with pytest.raises(StoreError, match="no store there"):
+            Store(place)
+    mine = tmp_path / "film.partial"
+    mine.write_text("a download of the user's own")
+    for place in (tmp_path, mine):
+        for use in (Store, verify_store, write):
+            with pytest.raises(StoreError, match=r"is no store|cannot be made into a store"):
+                use(place)
+    assert [file.name for file in tmp_path.iterdir() if file.name[0] != "."] == ["film.partial"]
+    assert mine.read_text() == "a download of the user's own"
 
 
-def test_a_shard_is_plain_hdf5_as_documented(path: Path) -> None:
-    with h5py.File(path / "shard-00000.h5") as file:
-        for name in shard_data(0):
-            assert isinstance(file[name], h5py.Dataset)
-        assert file[f"activations/{HOOK}"].dtype == np.float32
+@contextlib.contextmanager
+def an_ordinary_user() -> Iterator[None]:
+    """Root may read everything: be somebody else for a moment."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+@pytest.mark.parametrize("name", [MANIFEST, "shard-00001.h5", SEQUENCES])
+def test_a_file_that_may_not_be_read_is_told(name: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = write(Path(folder) / "store")
+        for place in (Path(folder), path):
+            place.chmod(0o755)
+        for file in path.iterdir():
+            file.chmod(0o644)
+        with an_ordinary_user():
+            verify_store(path)
+        (path / name).chmod(0)
+        with an_ordinary_user():
+            with pytest.raises(StoreError, match=f"{name}: cannot be read .*ermission denied"):
+                verify_store(path)
+            if name != SEQUENCES:
+                with pytest.raises(StoreError, match=f"{name}: cannot be read .*ermission denied"):
+                    Store(path)

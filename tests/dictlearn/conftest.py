@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
-from activations.store import Manifest, Store, open_writer
+from activations.precision import DTYPES
+from activations.store import Store
+from activations.writer import write_store
 
 HOOK = "blocks.0.hook_resid_post"
 
@@ -16,34 +19,36 @@ HOOK = "blocks.0.hook_resid_post"
 def make_store(tmp_path: Path) -> Callable[..., Store]:
     """A store of the given shards, each rows [n d] and their documents [n]."""
 
-    def make(*shards: tuple[np.ndarray, np.ndarray]) -> Store:
-        manifest = Manifest(
+    def make(
+        *shards: tuple[np.ndarray, np.ndarray], gradients: bool = False, **settings: Any
+    ) -> Store:
+        def datasets(x: np.ndarray, document: np.ndarray) -> dict[str, np.ndarray]:
+            x = x.astype(DTYPES[settings.get("dtype", "float32")])
+            rows = {f"activations/{HOOK}": x}
+            if gradients:  # told from its activation at sight
+                rows[f"gradients/{HOOK}"] = -x
+            column = np.zeros(len(x), np.int32)
+            columns = dict.fromkeys(("token", "sequence", "position"), column)
+            return {**rows, **columns, "document": document.astype(np.int32)}
+
+        path = tmp_path / "store"
+        write_store(
+            path,
+            (datasets(*shard) for shard in shards),
+            sequences=np.zeros((len(shards), 2, 8)),
+            vocabulary={},
             request={},
             model={},
             corpus={},
             forward={},
             hooks={HOOK: shards[0][0].shape[1]},
             context_length=8,
-            n_sequences=len(shards),
+            n_documents=len(shards),
+            shard_sequences=1,
             dropped_positions=("special",),
+            gradients=gradients,
+            **settings,
         )
-        path = tmp_path / "store"
-        with open_writer(path, manifest) as writer:
-            for x, document in shards:
-                column = np.zeros(len(x), np.int32)
-                sequences = np.zeros((1, 8), np.int32)
-                writer.write_shard(
-                    {
-                        f"activations/{HOOK}": x.astype(np.float32),
-                        "token": column,
-                        "document": document.astype(np.int32),
-                        "sequence": column,
-                        "position": column,
-                        "sequences/token": sequences,
-                        "sequences/document": sequences,
-                    }
-                )
-            writer.finish()
         return Store(path)
 
     return make

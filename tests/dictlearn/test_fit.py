@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 
 import dictlearn
-from activations import store as store_module
+from activations import files
 from activations.config import validate
-from activations.store import Manifest, Store, open_writer
+from activations.store import Store
 from activations.terminal import UserError
+from activations.writer import write_store
 from dictlearn import artifact, fit, metrics
 from dictlearn.config import FitConfig
 
@@ -34,39 +35,39 @@ def make_store(
     """Planted sparse rows of 24 documents in 3 shards."""
     rng = np.random.default_rng(seed)
     atoms = rng.normal(size=(16, width))
-    manifest = Manifest(
+    per_shard = N_DOCUMENTS // 3
+    n = per_shard * ROWS
+
+    def datasets(shard: int) -> dict[str, np.ndarray]:
+        codes = rng.normal(size=(n, 16))
+        codes[np.argsort(rng.random((n, 16)), axis=1) >= 2] = 0  # two atoms a row
+        x = (codes @ atoms + 0.01 * rng.normal(size=(n, width)) + 3).astype(np.float32)
+        if shard == 1 and bad_row is not None:
+            x[bad_row] = np.nan
+        sequence = np.repeat(np.arange(per_shard) + shard * per_shard, ROWS).astype(np.int32)
+        return {
+            f"activations/{HOOK}": x,
+            "token": rng.integers(5, 90, n).astype(np.int32),
+            "document": sequence,
+            "sequence": sequence,
+            "position": np.tile(np.arange(ROWS, dtype=np.int32), per_shard),
+        }
+
+    write_store(
+        path,
+        map(datasets, range(3)),
+        sequences=np.zeros((N_DOCUMENTS, 2, ROWS)),
+        vocabulary={},
         request={"model": "dir:here"},
         model={"spec": "dir:here", "description": "a made model"},
         corpus={},
         forward={},
         hooks={HOOK: width},
         context_length=ROWS,
-        n_sequences=N_DOCUMENTS,
+        n_documents=N_DOCUMENTS,
+        shard_sequences=per_shard,
         dropped_positions=("special",),
     )
-    per_shard = N_DOCUMENTS // 3
-    with open_writer(path, manifest) as writer:
-        for shard in range(3):
-            n = per_shard * ROWS
-            codes = rng.normal(size=(n, 16))
-            codes[np.argsort(rng.random((n, 16)), axis=1) >= 2] = 0  # two atoms a row
-            x = (codes @ atoms + 0.01 * rng.normal(size=(n, width)) + 3).astype(np.float32)
-            if shard == 1 and bad_row is not None:
-                x[bad_row] = np.nan
-            sequence = np.repeat(np.arange(per_shard) + shard * per_shard, ROWS).astype(np.int32)
-            token = rng.integers(5, 90, n).astype(np.int32)
-            writer.write_shard(
-                {
-                    f"activations/{HOOK}": x,
-                    "token": token,
-                    "document": sequence,
-                    "sequence": sequence,
-                    "position": np.tile(np.arange(ROWS, dtype=np.int32), per_shard),
-                    "sequences/token": token.reshape(per_shard, ROWS),
-                    "sequences/document": sequence.reshape(per_shard, ROWS),
-                }
-            )
-        writer.finish()
     return path
 
 
@@ -280,6 +281,19 @@ def test_truncated_shard(here, store, quick):
     assert not (here / "runs").exists()
 
 
+def test_a_flipped_bit_is_found_on_demand(here, store, quick):
+    shutil.copytree(store, here / "flipped")
+    with (here / "flipped" / "shard-00001.h5").open("r+b") as file:
+        file.seek(file.seek(0, os.SEEK_END) // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+    Store(here / "flipped")  # opening is cheap, and reads no rows
+    result = command(quick, "--verify", "--set", "data.store=flipped", cwd=here)
+    assert_one_message(result, "1 of 5 files", "shard-00001.h5: is damaged")
+    assert not (here / "runs").exists()
+
+
 def test_nan_row_is_named(here, quick):
     make_store(here / "bad", bad_row=7)
     result = command(quick, "--set", "data.store=bad", cwd=here)
@@ -319,7 +333,7 @@ def test_a_full_disk_leaves_nothing_that_looks_whole(here, store, monkeypatch):
     def full(path, content):
         if path.name == artifact.WEIGHTS:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        store_module.replace_file(path, content)
+        files.replace_file(path, content)
 
     monkeypatch.setattr(artifact, "replace_file", full)
     with pytest.raises(UserError, match="no space left"):
@@ -383,9 +397,8 @@ def test_bad_harvest_sections(here, quick, change, words):
 
 def test_rows_of_one_document_cannot_be_split(here, quick):
     made = make_store(here / "one")
-    manifest = json.loads((made / "manifest.json").read_text())
-    for shard in manifest["shards"]:
-        with h5py.File(made / shard["file"], "r+") as file:
+    for shard in Store(made).manifest.shards:
+        with h5py.File(made / shard.file, "r+") as file:
             file["document"][:] = 0
     result = command(quick, "--set", "data.store=one", cwd=here)
     assert_one_message(result, "document", "documents_are")

@@ -12,8 +12,11 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 HEAVY = {"torch", "transformers", "transformer_lens"}
-# What dictlearn may import of activations; both bring in neither a model nor a corpus.
-SHARED = {"activations.store", "activations.config", "activations.terminal"}
+# What dictlearn may import of activations; none brings in neither a model nor a corpus.
+SHARED = {
+    f"activations.{name}"
+    for name in ("store", "precision", "files", "statistics", "config", "terminal")
+}
 PROJECT = ("activations", "dictlearn", "evals", "experiments")
 
 
