@@ -30,9 +30,9 @@ from pydantic import Field
 
 from activations import precision
 from activations.config import validate
-from activations.files import sealed, sha256, unseal
+from activations.files import sealed, unseal
 from activations.precision import Compression, Precision
-from activations.terminal import UserError, progress
+from activations.terminal import UserError
 
 SCHEMA = 2
 MANIFEST = "manifest.json"
@@ -187,36 +187,11 @@ def complete_manifest(path: Path) -> Manifest:
     return manifest
 
 
-def verify(path: Path) -> Manifest:
-    """Read every file of a finished store and compare its checksum, with a progress bar.
-
-    Raises:
-      StoreError: names every file that is not as it was written.
-    """
-    manifest = complete_manifest(path)
-    sums = {shard.file: shard.sha256 for shard in manifest.shards} | manifest.files
-    sizes = {name: (path / name).stat().st_size for name in sums if (path / name).exists()}
-    damaged = [f"{name}: is missing" for name in sums if name not in sizes]
-    with progress(total=sum(sizes.values()), unit="B", unit_scale=True, desc="verify") as bar:
-        for name in sizes:
-            try:
-                if sha256(path / name, bar.update) != sums[name]:
-                    damaged.append(f"{name}: is damaged (its checksum does not fit)")
-            except OSError as error:
-                damaged.append(f"{name}: cannot be read ({error.strerror})")
-    if damaged:
-        raise StoreError(
-            f"{path}: {len(damaged)} of {len(sums)} files are not as they were "
-            "written:\n  " + "\n  ".join(damaged) + f"\n{MEND}"
-        )
-    return manifest
-
-
 class Store:
     """A complete store, opened for reading. `len(store)` is its rows.
 
     Opening is cheap: it checks that every file is there with the right size, and that every shard
-    belongs to this store and holds each hook. `verify` reads everything.
+    belongs to this store and holds each hook. activations.verify reads everything.
 
     Raises:
       StoreError: no store, one still being written, or a file that is missing, cut, of another

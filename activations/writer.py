@@ -73,7 +73,7 @@ class Part:
 
 
 class StoreWriter:
-    """Writes one worker's shards; made by `open_writer`, which holds the worker's lock."""
+    """Writes one worker's shards; made by `open_writer`."""
 
     def __init__(self, path: Path, manifest: Manifest, worker: Worker, part: Part) -> None:
         self.path = path
@@ -112,11 +112,10 @@ class StoreWriter:
         self.part = part
 
 
-@contextlib.contextmanager
-def open_writer(path: Path, manifest: Manifest, worker: Worker) -> Iterator[StoreWriter]:
+def open_writer(path: Path, manifest: Manifest, worker: Worker) -> StoreWriter:
     """Begin or go on with a worker's share of the store that stands begun at `path`.
 
-    Call it inside `worker_lock`.
+    Call it inside `worker_lock`, and use what it gives there.
 
     Raises:
       StoreError: the store was begun with another number of workers; a partial manifest is damaged.
@@ -134,7 +133,7 @@ def open_writer(path: Path, manifest: Manifest, worker: Worker) -> Iterator[Stor
     if part is None:
         with disk_full_told(path):
             save_part(path / worker.file, writer.part)
-    yield writer
+    return writer
 
 
 def write_store(
@@ -169,9 +168,9 @@ def write_store(
             **facts,
         )
         replace_file(path / MANIFEST, manifest.to_json().encode())
-        with open_writer(path, manifest, Worker()) as writer:
-            for index, datasets in zip(writer.missing, shards, strict=True):
-                writer.write_shard(index, datasets)
+        writer = open_writer(path, manifest, Worker())
+        for index, datasets in zip(writer.missing, shards, strict=True):
+            writer.write_shard(index, datasets)
         merge(path)
 
 

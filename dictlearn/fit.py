@@ -26,8 +26,8 @@ from activations.config import read_toml, validate
 from activations.files import replace_file
 from activations.precision import DTYPES
 from activations.store import Store
-from activations.store import verify as verify_store
 from activations.terminal import UserError, progress, run_command
+from activations.verify import verify as verify_store
 from dictlearn import artifact, heldout, report
 from dictlearn.config import FitConfig
 from dictlearn.data import Rows, split_by_document, statistics

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from activations import harvest
+from activations import harvest, shards
 from activations.corpora import PythonDocs
 from activations.store import SEQUENCES
 from activations.writer import Worker, open_writer, worker_lock
@@ -77,8 +77,8 @@ def measure(hooks: tuple[str, ...], rounds: int, tokens: int, folder: Path) -> N
         shutil.copytree(begun, store)
         here, worker = dataclasses.replace(config, store=store), Worker()
         started = time.perf_counter()
-        with worker_lock(store, worker), open_writer(store, manifest, worker) as writer:
-            harvest.write(here, reader, writer)
+        with worker_lock(store, worker):
+            shards.write(here, reader, open_writer(store, manifest, worker))
         seconds = time.perf_counter() - started
         shutil.rmtree(store)
         return token.size / seconds

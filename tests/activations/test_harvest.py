@@ -21,7 +21,7 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from activations import harvest, models, terminal
+from activations import harvest, models, shards, terminal
 from activations.hooks import HookReader
 from activations.precision import DTYPES
 from activations.sequences import positions, targets
@@ -756,7 +756,7 @@ def test_a_store_of_other_weights_under_the_same_path_is_refused(
 @pytest.fixture
 def threaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards are written by a thread, as they are where the model runs on a GPU."""
-    monkeypatch.setattr(harvest, "_Here", lambda: ThreadPoolExecutor(1))
+    monkeypatch.setattr(shards, "_Here", lambda: ThreadPoolExecutor(1))
 
 
 def test_a_thread_that_writes_writes_the_same(
@@ -787,7 +787,7 @@ def test_the_model_never_runs_far_ahead_of_the_disk(
     config: dict[str, Any], make: Callable[..., Store], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A slow disk must not fill the memory with batches that wait for it.
-    read, add = harvest._read, harvest._ShardBuilder.add
+    read, add = shards._read, shards._ShardBuilder.add
     counts, ahead = {"read": 0, "added": 0}, []
 
     def counted_read(*arguments: Any) -> Any:
@@ -800,8 +800,8 @@ def test_the_model_never_runs_far_ahead_of_the_disk(
         add(*arguments)
         counts["added"] += 1
 
-    monkeypatch.setattr(harvest, "_read", counted_read)
-    monkeypatch.setattr(harvest._ShardBuilder, "add", slow_add)
+    monkeypatch.setattr(shards, "_read", counted_read)
+    monkeypatch.setattr(shards._ShardBuilder, "add", slow_add)
     store = make(config | {"batch_size": 1, "shard_tokens": 1})
     assert len(store.manifest.shards) > 50
     assert max(ahead) <= 5

@@ -19,8 +19,8 @@ import pytest
 from activations.files import sealed, sha256
 from activations.precision import DTYPES
 from activations.store import COLUMNS, MANIFEST, SEQUENCES, VOCABULARY, Manifest, Store, StoreError
-from activations.store import verify as verify_store
 from activations.terminal import UserError
+from activations.verify import verify as verify_store
 from activations.writer import write_store
 
 HOOKS = {"blocks.0.hook_resid_post": 4, "blocks.1.mlp.hook_post": 6}

@@ -15,7 +15,7 @@ HEAVY = {"torch", "transformers", "transformer_lens"}
 # What dictlearn may import of activations; none brings in neither a model nor a corpus.
 SHARED = {
     f"activations.{name}"
-    for name in ("store", "precision", "files", "statistics", "config", "terminal")
+    for name in ("store", "verify", "precision", "files", "statistics", "config", "terminal")
 }
 PROJECT = ("activations", "dictlearn", "evals", "experiments")
 
