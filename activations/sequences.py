@@ -21,7 +21,7 @@ import numpy as np
 from activations.corpora import Corpus
 from activations.files import replace_file, replacing, sha256
 from activations.store import SEQUENCES, VOCABULARY
-from activations.terminal import UserError
+from activations.terminal import UserError, progress
 
 PADDING = np.iinfo(np.int32).min
 Marks = Literal["bos", "eos", "none"]
@@ -65,14 +65,16 @@ def write(
     Raises:
       UserError: the corpus holds no text, or no token that gets a row; there is no EOS.
     """
-    file = path / SEQUENCES
     vocabulary = np.zeros(0, np.int64)
     n_sequences = n_rows = n_documents = 0
     last_document, exhausted = -1, True
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     pieces = _marked(corpus.documents(), tokenizer, marks)
     head = None if marks == "none" else _bos(tokenizer, marks)
-    with replacing(file) as out:
+    with (
+        replacing(path / SEQUENCES) as out,
+        progress(total=max_tokens, unit="tok", unit_scale=True, desc="tokenise", delay=3) as bar,
+    ):
         _write_header(out, 0, context_length)
         for block in _batched(_cut(pieces, context_length, head, pad), _FLUSH):
             sequences = np.stack(block)  # [s 2 c]
@@ -86,6 +88,7 @@ def write(
             vocabulary = np.union1d(vocabulary, sequences[:, 0])
             n_sequences += len(sequences)
             n_rows += int(rows.sum())
+            bar.update(int(rows.sum()))
             documents = np.unique(sequences[:, 1][rows])
             n_documents += int((documents > last_document).sum())  # documents come in order
             last_document = int(documents.max(initial=last_document))
@@ -100,17 +103,9 @@ def write(
             )
         out.seek(0)
         _write_header(out, n_sequences, context_length)
-    texts = tokenizer.batch_decode([[int(token)] for token in vocabulary])
-    table = {str(token): text for token, text in zip(vocabulary, texts, strict=True)}
-    content = json.dumps(table, indent=0).encode()
-    replace_file(path / VOCABULARY, content)
-    return Written(
-        n_sequences,
-        n_rows,
-        n_documents,
-        exhausted,
-        {SEQUENCES: sha256(file), VOCABULARY: hashlib.sha256(content).hexdigest()},
-    )
+    _write_vocabulary(path / VOCABULARY, vocabulary, tokenizer)
+    digests = {name: sha256(path / name) for name in (SEQUENCES, VOCABULARY)}
+    return Written(n_sequences, n_rows, n_documents, exhausted, digests)
 
 
 def has_row(document: np.ndarray, *, predicting: bool) -> np.ndarray:
@@ -143,6 +138,12 @@ def positions(document: np.ndarray) -> np.ndarray:
     begins = np.zeros(owner.shape, np.int64)
     begins[:, 1:] = np.where(owner[:, 1:] != owner[:, :-1], index[1:], 0)
     return index - np.maximum.accumulate(begins, axis=1)
+
+
+def _write_vocabulary(file: Path, tokens: np.ndarray, tokenizer: Any) -> None:
+    texts = tokenizer.batch_decode([[int(token)] for token in tokens])
+    table = {str(token): text for token, text in zip(tokens, texts, strict=True)}
+    replace_file(file, json.dumps(table, indent=0).encode())
 
 
 def _write_header(out: Any, n_sequences: int, context_length: int) -> None:

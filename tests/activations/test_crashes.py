@@ -23,7 +23,8 @@ import numpy as np
 import pytest
 import tomli_w
 
-from activations.store import MANIFEST, SEQUENCES, VOCABULARY, Store, StoreError, verify
+from activations.store import MANIFEST, SEQUENCES, VOCABULARY, Store, StoreError
+from activations.verify import verify
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("transformer_lens", reason="the [lm] extra is not installed")
