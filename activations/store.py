@@ -34,7 +34,7 @@ from activations.files import sealed, unseal
 from activations.precision import Compression, Precision
 from activations.terminal import UserError
 
-SCHEMA = 2
+SCHEMA = 3
 MANIFEST = "manifest.json"
 SEQUENCES = "sequences.npy"
 VOCABULARY = "vocabulary.json"
@@ -97,7 +97,7 @@ class Manifest:
     gradients: bool = False
     dtype: Precision = "float32"
     compression: Compression = "none"
-    schema: Literal[2] = SCHEMA
+    schema: Literal[3] = SCHEMA
     shards: tuple[Shard, ...] = ()
     complete: bool = False
 
@@ -217,10 +217,8 @@ class Store:
             state = "is missing" if size is None else f"has {size:,} bytes"
             raise StoreError(f"{file}: {state}, but the manifest tells {shard.bytes:,}. {MEND}")
         with self._open(shard) as opened:
-            if (opened.attrs.get("store"), opened.attrs.get("index")) != (
-                self.manifest.id,
-                shard.index,
-            ):
+            mark = np.bytes_(self.manifest.id), shard.index
+            if (opened.attrs.get("store"), opened.attrs.get("index")) != mark:
                 raise StoreError(f"{file}: is a shard of another store, or another shard. {MEND}")
             for name, width in self.manifest.datasets.items():
                 there = opened.get(name)

@@ -98,7 +98,9 @@ class StoreWriter:
         with disk_full_told(self.path):
             with replacing(path) as out:
                 with h5py.File(out, "w") as file:
-                    file.attrs["store"], file.attrs["index"] = self.manifest.id, index
+                    # Fixed length: HDF5 can hang on a heap of variable strings that is damaged.
+                    file.attrs["store"] = np.bytes_(self.manifest.id)
+                    file.attrs["index"] = index
                     for name, values in datasets.items():
                         rows = name in self.manifest.datasets
                         compression = self.manifest.compression if rows else "none"
