@@ -160,8 +160,8 @@ def _measure(config: FitConfig, coder: Coder, parts: dict[str, Rows], bulk: Bulk
     untrained = heldout.control(
         parts["train"],
         coder.normaliser,
+        config.solver.control,
         n_atoms=config.solver.n_atoms,
-        k=config.solver.sparsity,
         seed=config.seed,
     )
     return heldout.figures(
@@ -289,7 +289,7 @@ def plan(config: FitConfig, where: str, *, overwrite: bool) -> dict[str, str]:
         lines["steps"] = f"about {n_steps:,} of {config.fit.batch_size:,} rows"
         if width is not None:
             held = min(4 * width * train, config.data.memory_mib * 2**20)
-            need = held + config.solver.memory(config.fit.batch_size, width)
+            need = held + config.solver.memory_bytes(config.fit.batch_size, width)
             lines["memory"] = f"about {need / 2**30:.1f} GiB for rows and solver"
     lines["run"] = str(config.output or f"runs/{config.name}-NNN")
     return lines

@@ -11,7 +11,7 @@ import numpy as np
 from dictlearn import metrics
 from dictlearn.data import Rows
 from dictlearn.dictionary import Coder, Dictionary, Normaliser
-from dictlearn.encoders.omp import OMP
+from dictlearn.encoders.base import AbstractEncoder
 
 # Rows coded at once: one shape, so one trace.
 _BLOCK = 1024
@@ -73,10 +73,12 @@ def evaluate(coder: Coder, rows: Rows, bulk: metrics.Bulk) -> HeldOut:
     return HeldOut(raw, kept, nonzeros / n, cosines / n, float(used.mean()))
 
 
-def control(rows: Rows, normaliser: Normaliser, *, n_atoms: int, k: int, seed: int) -> Coder:
-    """Untrained rows of the data as atoms, and OMP: what any dictionary has to beat."""
+def control(
+    rows: Rows, normaliser: Normaliser, encoder: AbstractEncoder, *, n_atoms: int, seed: int
+) -> Coder:
+    """Untrained rows of the data as atoms: what any dictionary has to beat."""
     atoms = normaliser.normalise(jnp.asarray(rows.sample(n_atoms, seed=seed)))
-    return Coder(normaliser, Dictionary(atoms, jnp.zeros(atoms.shape[1])), OMP(k=k))
+    return Coder(normaliser, Dictionary(atoms, jnp.zeros(atoms.shape[1])), encoder)
 
 
 def figures(coder: Coder, fitted: HeldOut, untrained: HeldOut, *, seed: int) -> dict[str, Any]:

@@ -7,6 +7,9 @@ from typing import Annotated
 from pydantic import Field
 
 from dictlearn.encoders.linear import Linear, TopK
+from dictlearn.encoders.matryoshka_omp import MatryoshkaOMP
+from dictlearn.encoders.mp import MP
+from dictlearn.encoders.nn_omp import NonNegativeOMP
 from dictlearn.encoders.omp import OMP
 from dictlearn.solvers.ksvd import KSVD
 from dictlearn.solvers.sae import TopKSAE
@@ -14,4 +17,11 @@ from dictlearn.solvers.sae import TopKSAE
 Solver = Annotated[KSVD | TopKSAE, Field(discriminator="name")]
 
 # Everything that an artifact can hold, by the `name` it is saved under.
-ENCODERS = {"omp": OMP, "linear": Linear, "topk": TopK}
+ENCODERS = {
+    "omp": OMP,
+    "nn_omp": NonNegativeOMP,
+    "mp": MP,
+    "matryoshka_omp": MatryoshkaOMP,
+    "linear": Linear,
+    "topk": TopK,
+}

@@ -42,15 +42,23 @@ class AbstractSolver(eqx.Module, Generic[State]):
 
     @property
     @abc.abstractmethod
-    def sparsity(self) -> int:
-        """The most nonzeros a row may have."""
+    def control(self) -> AbstractEncoder:
+        """What codes the control: untrained atoms at the same sparsity."""
 
     @abc.abstractmethod
-    def init(self, sample: Float[Array, "n d"], *, n_steps: int, key: Key[Array, ""]) -> State:
+    def init(
+        self,
+        sample: Float[Array, "n d"],
+        *,
+        n_steps: int,
+        key: Key[Array, ""],
+        atoms: Float[Array, "m d"] | None = None,
+    ) -> State:
         """The state before the first step, from normalised training rows.
 
         Arguments:
           n_steps: how many steps there will be, for schedules.
+          atoms: where to begin, instead of where the solver would; any norms.
 
         Raises:
           ValueError: the sample does not suffice, e.g. fewer rows than atoms.
@@ -69,7 +77,7 @@ class AbstractSolver(eqx.Module, Generic[State]):
         """Rules that join hyperparameters. Raises ValueError naming the field."""
 
     @abc.abstractmethod
-    def memory(self, batch_size: int, width: int) -> int:
+    def memory_bytes(self, batch_size: int, width: int) -> int:
         """About how many bytes a step needs at once, for the dry run."""
 
     def data_rows(self, sample: Float[Array, "n d"], *, key: Key[Array, ""]) -> Array:
@@ -81,7 +89,8 @@ class AbstractSolver(eqx.Module, Generic[State]):
         if len(sample) < self.n_atoms:
             raise ValueError(
                 f"n_atoms: {self.n_atoms:,} atoms are begun from as many training rows, but there "
-                f"are only {len(sample):,}. Use fewer atoms, or harvest more text."
+                f"are only {len(sample):,}. Use fewer atoms, harvest more text, or begin elsewhere "
+                '(ksvd: start = "random").'
             )
         return unit_rows(
             sample[jax.random.choice(key, len(sample), (self.n_atoms,), replace=False)]

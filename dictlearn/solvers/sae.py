@@ -15,6 +15,7 @@ from dictlearn.codes import SparseCodes
 from dictlearn.dictionary import Dictionary
 from dictlearn.encoders.base import AbstractEncoder
 from dictlearn.encoders.linear import Linear, TopK
+from dictlearn.encoders.omp import OMP
 from dictlearn.solvers.base import AbstractSolver, Batch, Info, unit_rows
 
 _Parameters = tuple[Dictionary, Linear]
@@ -80,13 +81,20 @@ class TopKSAE(AbstractSolver[_SAEState]):
             )
 
     @property
-    def sparsity(self) -> int:
-        """The most nonzeros a row may have."""
-        return self.k
+    def control(self) -> AbstractEncoder:
+        """What codes the control."""
+        return OMP(k=self.k)
 
-    def init(self, sample: Float[Array, "n d"], *, n_steps: int, key: Key[Array, ""]) -> _SAEState:
-        """Atoms and encoder weights = random rows of the sample at unit norm."""
-        atoms = self.data_rows(sample, key=key)
+    def init(
+        self,
+        sample: Float[Array, "n d"],
+        *,
+        n_steps: int,
+        key: Key[Array, ""],
+        atoms: Float[Array, "m d"] | None = None,
+    ) -> _SAEState:
+        """Atoms and encoder weights = `atoms` or random rows of the sample, at unit norm."""
+        atoms = self.data_rows(sample, key=key) if atoms is None else unit_rows(atoms)
         dictionary = Dictionary(atoms, jnp.zeros(atoms.shape[1], atoms.dtype))
         encoder = Linear(atoms, jnp.zeros(self.n_atoms, atoms.dtype), TopK(self.k))
         weight = atoms * _best_scale(dictionary, encoder, sample[:_SCALE_ROWS])
@@ -109,7 +117,7 @@ class TopKSAE(AbstractSolver[_SAEState]):
         """The dictionary, and the encoder trained with it."""
         return state.parameters
 
-    def memory(self, batch_size: int, width: int) -> int:
+    def memory_bytes(self, batch_size: int, width: int) -> int:
         """About how many bytes a step needs at once."""
         # Parameters, gradients and two moments of W and D; u and z with their gradients.
         return 4 * (8 * self.n_atoms * width + 4 * batch_size * (self.n_atoms + width))

@@ -20,6 +20,9 @@ from dictlearn import artifact, registry
 from dictlearn.codes import SparseCodes
 from dictlearn.dictionary import Coder, Dictionary, Normaliser
 from dictlearn.encoders.base import AbstractEncoder
+from dictlearn.encoders.matryoshka_omp import MatryoshkaOMP
+from dictlearn.encoders.mp import MP
+from dictlearn.encoders.nn_omp import NonNegativeOMP
 from dictlearn.encoders.omp import OMP
 from dictlearn.solvers.base import AbstractSolver, Batch, Info
 from dictlearn.solvers.ksvd import KSVD
@@ -74,7 +77,12 @@ SMALL = {
         signed=False,
     ),
 }
-ENCODER = {"omp": lambda k: OMP(k=k)}
+ENCODER = {
+    "omp": lambda k: OMP(k=k),
+    "nn_omp": lambda k: NonNegativeOMP(k=k),
+    "mp": lambda k: MP(k=k),
+    "matryoshka_omp": lambda k: MatryoshkaOMP(k=k, smallest=M if k == 1 else 12),
+}
 KEY = jax.random.key(0)
 M, D, K, N = 24, 16, 3, 128
 
@@ -233,7 +241,7 @@ def test_stays_finite(small: Small, hard: str, k: int) -> None:
     assert_finite((state, codes, [(info.objective, info.l0) for info in infos]))
     assert_unit(dictionary.atoms)
     assert (codes.l0() <= k).all()
-    assert solver.sparsity == k
+    assert solver.control.k == k
 
 
 @pytest.mark.parametrize("kept", [1.0, 0.0])
