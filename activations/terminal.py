@@ -25,8 +25,8 @@ def run_command(main: Callable[[], None]) -> NoReturn:
             raise
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"interrupted. {error}".removesuffix(". "), file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
 

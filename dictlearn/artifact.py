@@ -32,9 +32,9 @@ from activations.terminal import UserError
 from dictlearn.dictionary import Coder, Dictionary, Normaliser
 from dictlearn.registry import ENCODERS
 
-SCHEMA = 1
+SCHEMA = 2
 WEIGHTS, METADATA, METRICS = "dictionary.safetensors", "dictionary.json", "metrics.json"
-UNFINISHED = "UNFINISHED"
+CHECKPOINT, UNFINISHED = "checkpoint.safetensors", "UNFINISHED"
 
 
 class ArtifactError(UserError):
@@ -67,7 +67,7 @@ def check_place(output: Path | None, *, overwrite: bool) -> None:
         raise UserError("--overwrite: the config names no output; each run gets a fresh directory")
     if output is None:
         return
-    if (old := output.with_name(f".{output.name}.replaced")).exists() and not output.exists():
+    if (old := _aside(output)).exists() and not output.exists():
         old.rename(output)  # a replacement was killed before it began
     if not output.exists():
         return
@@ -75,10 +75,12 @@ def check_place(output: Path | None, *, overwrite: bool) -> None:
     if not output.is_dir() or (any(output.iterdir()) and not ours):
         raise UserError(f"output: {output} is there, and is not a run; name another place")
     if ours and not overwrite:
-        state = "an unfinished" if (output / UNFINISHED).exists() else "a finished"
+        unfinished = (output / UNFINISHED).exists()
+        state = "an unfinished" if unfinished else "a finished"
         raise UserError(
             f"output: {output} already holds {state} run; "
             "pass --overwrite to replace it, or name another place"
+            + (f"; or go on with it: python -m dictlearn.fit {output}" if unfinished else "")
         )
 
 
@@ -86,8 +88,9 @@ def check_place(output: Path | None, *, overwrite: bool) -> None:
 def directory(output: Path | None, name: str, *, overwrite: bool) -> Iterator[Path]:
     """A directory for a run: `output`, or a fresh runs/<name>-NNN. It says UNFINISHED meanwhile.
 
-    A run that it replaces is kept until this one is done, and put back if this one is not. After a
-    user's mistake or on a full disk the directory is removed; after Ctrl-C it stays, and says so.
+    A run that it replaces is kept until this one is done. Where the fit fails before its first
+    checkpoint, the directory is removed, and what it replaces is put back; later it stays, and the
+    fit can go on (`unfinished`).
 
     Raises:
       UserError: the place cannot be written to, another fit writes there, or the disk is full.
@@ -95,34 +98,56 @@ def directory(output: Path | None, name: str, *, overwrite: bool) -> Iterator[Pa
     with contextlib.ExitStack() as stack:
         try:
             run = _fresh(Path("runs"), name) if output is None else output
-            if output is not None:
-                stack.enter_context(_locked(output))
-                check_place(output, overwrite=overwrite)  # again: nobody else can write now
+            stack.enter_context(_locked(run))
+            check_place(output, overwrite=overwrite)  # again: nobody else can write now
             old = _put_aside(run) if output is not None else None
             run.mkdir(parents=True, exist_ok=True)
-        except filelock.Timeout:
-            raise UserError(f"output: another fit is writing to {output}") from None
         except (OSError, ValueError) as error:
             raise UserError(f"output: no run can be written there ({error})") from None
-        with _given_up_if_it_fails(run, old):
-            yield run
+        stack.enter_context(_unfinished(run, old))
+        yield run
 
 
 @contextlib.contextmanager
-def _locked(output: Path) -> Iterator[None]:
-    """Keep other fits away from a named place; the lock dies with its holder."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    file = output.with_name(f".{output.name}.lock")
-    with filelock.FileLock(file, timeout=0):
-        try:
-            yield
-        finally:
-            file.unlink(missing_ok=True)
+def unfinished(run: Path) -> Iterator[Path]:
+    """The directory of a fit that was stopped, to go on with.
+
+    Raises:
+      UserError: it holds no unfinished run, or another fit writes there.
+    """
+    if not (run / UNFINISHED).exists():
+        state = "is a finished run" if (run / METADATA).exists() else "holds no run"
+        raise UserError(f"{run}: {state}; name a config, or the directory of an unfinished run")
+    if not (run / CHECKPOINT).exists():
+        raise UserError(f"{run}: has no checkpoint yet; fit {run / 'config.toml'} again")
+    old = _aside(run)
+    with _locked(run), _unfinished(run, old if old.exists() else None):
+        yield run
+
+
+@contextlib.contextmanager
+def _locked(run: Path) -> Iterator[None]:
+    """Keep other fits away; the lock dies with its holder."""
+    run.parent.mkdir(parents=True, exist_ok=True)
+    file = run.with_name(f".{run.name}.lock")
+    try:
+        with filelock.FileLock(file, timeout=0):
+            try:
+                yield
+            finally:
+                file.unlink(missing_ok=True)
+    except filelock.Timeout:
+        raise UserError(f"output: another fit is writing to {run}") from None
+
+
+def _aside(run: Path) -> Path:
+    """Where a run is kept while another takes its place."""
+    return run.with_name(f".{run.name}.replaced")
 
 
 def _put_aside(run: Path) -> Path | None:
     """Move what a run will replace out of its way; what a killed replacement left is sorted out."""
-    old = run.with_name(f".{run.name}.replaced")
+    old = _aside(run)
     if old.exists() and (run / UNFINISHED).exists():
         shutil.rmtree(run)  # what the killed one had begun
     elif run.exists():
@@ -132,23 +157,29 @@ def _put_aside(run: Path) -> Path | None:
 
 
 @contextlib.contextmanager
-def _given_up_if_it_fails(run: Path, old: Path | None) -> Iterator[None]:
+def _unfinished(run: Path, old: Path | None) -> Iterator[None]:
     """Say UNFINISHED until the end; after a failure, leave what `directory` promises."""
+    go_on = f"python -m dictlearn.fit {run}"
     try:
-        replace_file(run / UNFINISHED, b"it is running, or was killed. Fit again.")
+        text = f"it is running, or was killed. Go on: {go_on} (after its first checkpoint)."
+        replace_file(run / UNFINISHED, text.encode())
         yield
         (run / UNFINISHED).unlink()
     except BaseException as error:
-        if old is not None or isinstance(error, (UserError, OSError)):
+        stays = (run / CHECKPOINT).exists()
+        if not stays:
             shutil.rmtree(run)
-        if old is not None:
-            old.rename(run)
+            if old is not None:
+                old.rename(run)
+        kept = f"what was fitted is kept. Go on: {go_on}" if stays else "nothing was fitted yet"
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"{run}: no space left on the device; the run was removed. Free some space and "
-                "fit again."
-            ) from None
+            raise UserError(f"{run}: no space left on the device; {kept}") from None
+        if isinstance(error, KeyboardInterrupt) and stays:
+            raise KeyboardInterrupt(kept) from None
+        if isinstance(error, UserError) and stays:
+            raise UserError(f"{error}\n{kept}") from None
         raise
+    (run / CHECKPOINT).unlink(missing_ok=True)
     if old is not None:
         shutil.rmtree(old)
 
@@ -189,7 +220,7 @@ def load(path: Path | str) -> Run:
     try:
         arrays = safetensors.numpy.load_file(file)
         coder = Coder(
-            normaliser=Normaliser(*_arrays(arrays, "normaliser.", "mean", "scale")),
+            normaliser=Normaliser(*_arrays(arrays, "normaliser.", "mean", "scale", "carriers")),
             dictionary=Dictionary(*_arrays(arrays, "dictionary.", "atoms", "bias")),
             encoder=_put_together(metadata["encoder"], "encoder.", arrays),
         )

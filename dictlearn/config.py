@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
+from activations.config import validate
+from activations.terminal import UserError
+from dictlearn import artifact
 from dictlearn.registry import Solver
+
+if TYPE_CHECKING:
+    from activations.harvest import HarvestConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +27,10 @@ class DataConfig:
       hook: which of the store's hooks.
       validation, test: share of the rows that is held out, in whole documents.
       memory_mib: of rows held at once for shuffling.
+      keep_carriers: keep coordinates that hold over 10 % of the training variance exactly; each is
+        one more nonzero of every row. Solver and control never see them.
+      leave_out_massive: fit without the rows whose norm is over 5 times the training median;
+        figures are of all rows.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -29,6 +40,8 @@ class DataConfig:
     validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
     test: Annotated[float, Field(gt=0, lt=1)] = 0.15
     memory_mib: Annotated[int, Field(gt=0)] = 2048
+    keep_carriers: bool = False
+    leave_out_massive: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,12 +51,16 @@ class LoopConfig:
     Attributes:
       batch_size: rows a step.
       epochs: times that every training row is seen.
+      checkpoint_minutes, checkpoint_steps: how often the fit is saved, so that it can go on after
+        it was stopped; whichever comes first.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
 
     batch_size: Annotated[int, Field(gt=0)]
     epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    checkpoint_minutes: Annotated[float, Field(gt=0)] = 10.0
+    checkpoint_steps: Annotated[int, Field(gt=0)] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +71,7 @@ class FitConfig:
       name: of the run; its directory is a fresh runs/<name>-NNN unless `output` names another.
       harvest: how to make the store where it is missing: the keys of
         activations.harvest.HarvestConfig without `store`.
+      start: a finished run whose atoms the solver begins with, instead of its own start.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -64,6 +82,7 @@ class FitConfig:
     fit: LoopConfig
     harvest: dict[str, Any] | None = None
     output: Path | None = None
+    start: Path | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
     def check(self) -> None:
@@ -74,3 +93,41 @@ class FitConfig:
             self.solver.check()
         except ValueError as error:
             raise ValueError(f"solver.{error}") from None
+
+
+def recipe_of(config: FitConfig, where: str) -> HarvestConfig | None:
+    """The [harvest] section, typed; `store` comes from [data]."""
+    if config.harvest is None:
+        return None
+    # The harvester is known only to configs that ask for it; it brings in no torch by itself.
+    from activations.harvest import HarvestConfig
+
+    if "store" in config.harvest:
+        raise UserError(f"{where}:\n  harvest.store: unknown key; the store is data.store")
+    table = {**config.harvest, "store": str(config.data.store)}
+    recipe = validate(HarvestConfig, table, where, "harvest.")
+    if config.data.hook not in recipe.hooks:
+        raise UserError(
+            f"{where}:\n  data.hook: {config.data.hook!r} is not among harvest.hooks "
+            f"({', '.join(recipe.hooks)})"
+        )
+    return recipe
+
+
+def resolved(config: FitConfig, recipe: HarvestConfig | None) -> dict[str, Any]:
+    """The config with every default written out, as TOML can hold it."""
+    table = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    table["output"] = None  # so that the same config can be fitted again
+    table["data"] = dataclasses.asdict(config.data)
+    table["fit"] = dataclasses.asdict(config.fit)
+    table["solver"] = artifact.hyperparameters(config.solver)
+    table["harvest"] = recipe and recipe.request
+    return json.loads(json.dumps(_without_none(table), default=str))
+
+
+def _without_none(table: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_none(value) if isinstance(value, dict) else value
+        for key, value in table.items()
+        if value is not None
+    }

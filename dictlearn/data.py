@@ -29,12 +29,14 @@ class Rows:
     Attributes:
       documents: their ids, ascending.
       memory: bytes of rows that may be held at once.
+      left_out: single rows of theirs that do not count, ascending, by the index of their shard.
     """
 
     store: Store
     hook: str
     documents: np.ndarray
     memory: int = 2**31
+    left_out: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return int(self.blocks.count.sum())
@@ -46,16 +48,31 @@ class Rows:
         for index, shard in enumerate(self.store.manifest.shards):
             start = np.arange(0, shard.rows, CHUNK_ROWS)
             if len(start):
-                chosen = self.chosen(self.store.read(shard, "document"))
+                chosen = self.chosen(shard, self.store.read(shard, "document"))
                 count = np.add.reduceat(chosen.astype(np.int64), start)
                 parts.append(np.stack([np.full(len(start), index), start, count]))
         shard, start, count = np.concatenate([*parts, np.empty((3, 0), np.int64)], axis=1)
         return Blocks(*(column[count > 0] for column in (shard, start, count)))
 
-    def chosen(self, document: np.ndarray) -> np.ndarray:
-        """Which of these are among `documents`; np.isin would go through all of them each time."""
+    def chosen(self, shard: Shard, document: np.ndarray, start: int = 0) -> np.ndarray:
+        """Which rows of a shard from `start` on are among these, given the document of each."""
+        # np.isin would go through all documents each time.
         place = np.searchsorted(self.documents, document)
-        return self.documents[np.minimum(place, len(self.documents) - 1)] == document
+        chosen = self.documents[np.minimum(place, len(self.documents) - 1)] == document
+        out = self.left_out.get(shard.index, np.zeros(0, np.int64)) - start
+        chosen[out[(out >= 0) & (out < len(chosen))]] = False
+        return chosen
+
+    def without_massive(self, norms: np.ndarray, limit: float) -> Rows:
+        """These rows without those whose norm, in the order of `by_shard`, is above a limit."""
+        left_out, first = {}, 0
+        for shard in self.store.manifest.shards:
+            rows = np.flatnonzero(self.chosen(shard, self.store.read(shard, "document")))
+            massive = rows[norms[first : first + len(rows)] > limit]
+            if len(massive):
+                left_out[shard.index] = massive
+            first += len(rows)
+        return dataclasses.replace(self, left_out=left_out)
 
     def by_shard(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """All rows in the store's order, a part of a shard at a time.
@@ -65,7 +82,7 @@ class Rows:
         """
         for shard in self.store.manifest.shards:
             document = self.store.read(shard, "document")
-            chosen = self.chosen(document)
+            chosen = self.chosen(shard, document)
             if not chosen.any():
                 continue
             place = np.searchsorted(self.documents, document)
@@ -215,7 +232,10 @@ class Batches:
         filled = 0
         for shard, where in self._by_shard(own):
             documents = self._rows.store.rows(shard, "document", where)
-            kept = [self._rows.chosen(document) for document in documents]
+            kept = [
+                self._rows.chosen(shard, document, start)
+                for document, (start, _) in zip(documents, where, strict=True)
+            ]
             for array, name in zip(arrays, self._names, strict=True):
                 at = filled
                 for x, chosen in zip(self._rows.store.rows(shard, name, where), kept, strict=True):
@@ -278,16 +298,24 @@ def split_by_document(
     return {name: Rows(store, hook, np.sort(ids[parts[name]]), memory) for name in SPLITS}
 
 
-def statistics(rows: Rows) -> tuple[Normaliser, Bulk]:
-    """Mean and scale of the rows, and what their bulk leaves out, in one pass and float64.
+def statistics(
+    rows: Rows, *, keep_carriers: bool = False, leave_out_massive: bool = False
+) -> tuple[Rows, Normaliser, Bulk]:
+    """The rows to fit, their mean and scale, and what the bulk of the training rows leaves out.
 
-    The scale is the root mean square of the centred rows' entries, so that x' has on average one
-    unit of variance a dimension.
+    In float64. The scale is the root mean square of the centred rows' entries, carriers that are
+    kept apart, so that x' has on average one unit of variance a dimension. What is a carrier or a
+    massive row is judged on all training rows.
     """
     moments = Moments.over(x for x, _ in rows.by_shard())
-    if not moments.deviations.sum() > 0:
+    bulk = Bulk(carriers=moments.carriers, norm_limit=moments.norm_limit)
+    if leave_out_massive:
+        rows = rows.without_massive(np.concatenate(moments.norms), bulk.norm_limit)
+        if rows.left_out:
+            moments = Moments.over(x for x, _ in rows.by_shard())
+    carriers = np.flatnonzero(bulk.carriers & keep_carriers).astype(np.int32)
+    scale = float(np.sqrt(np.delete(moments.variance, carriers).mean()))
+    if not scale > 0:
         raise UserError(f"{rows.store.path}: the training rows of {rows.hook} are all the same")
-    normaliser = Normaliser(
-        jnp.asarray(moments.mean, jnp.float32), jnp.asarray(moments.scale, jnp.float32)
-    )
-    return normaliser, Bulk(carriers=moments.carriers, norm_limit=moments.norm_limit)
+    mean = jnp.asarray(moments.mean, jnp.float32)
+    return rows, Normaliser(mean, jnp.asarray(scale, jnp.float32), jnp.asarray(carriers)), bulk

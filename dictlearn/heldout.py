@@ -24,6 +24,7 @@ class HeldOut:
     Attributes:
       raw, bulk: sums by document for `fvu` and `fvu_bulk`.
       l0, cosine: means over the rows.
+      errors: ||x - x_hat||^2 / ||x - mean||^2 of each row, mean being the training rows'.
       frac_alive: share of the atoms that at least one row uses.
     """
 
@@ -32,6 +33,7 @@ class HeldOut:
     l0: float
     cosine: float
     frac_alive: float
+    errors: np.ndarray
 
     @property
     def fvu(self) -> float:
@@ -48,19 +50,24 @@ def evaluate(coder: Coder, rows: Rows, bulk: metrics.Bulk) -> HeldOut:
     """Code rows and compare them with their reconstructions."""
     raw = kept = None
     n = nonzeros = cosines = 0
+    errors = []
+    mean = np.asarray(coder.normaliser.mean, np.float64)
     used = np.zeros(len(coder.dictionary.atoms), bool)
-    encoder = coder.encoder.prepare(coder.dictionary)
+    prepared = coder.prepare()
     for shard_x, shard_document in rows.by_shard():
         for first in range(0, len(shard_x), _BLOCK):
             x, document = (a[first : first + _BLOCK] for a in (shard_x, shard_document))
-            padded = jnp.asarray(np.pad(x, ((0, _BLOCK - len(x)), (0, 0))))
-            codes = encoder.encode(coder.normaliser.normalise(padded))
+            codes = prepared.encode(np.pad(x, ((0, _BLOCK - len(x)), (0, 0))))
             x_hat = np.asarray(coder.decode(codes))[: len(x)]
             values, indices = (np.asarray(a)[: len(x)] for a in (codes.values, codes.indices))
-            used[indices[values != 0]] = True
+            features = indices[values != 0]
+            used[features[features < len(used)]] = True  # the others are carriers
             n += len(x)
             nonzeros += int((values != 0).sum())
             cosines += float(metrics.cosine(x, x_hat).sum())
+            with np.errstate(divide="ignore", invalid="ignore"):
+                square = metrics.norms(x.astype(np.float64) - x_hat) ** 2
+                errors.append(square / metrics.norms(x - mean) ** 2)
             usual, free = bulk.rows(x), ~bulk.carriers
             count = len(rows.documents)
             here = metrics.Sums.of(x, x_hat, document, count)
@@ -70,7 +77,7 @@ def evaluate(coder: Coder, rows: Rows, bulk: metrics.Bulk) -> HeldOut:
             raw, kept = (here, there) if raw is None or kept is None else (raw + here, kept + there)
     assert raw is not None
     assert kept is not None
-    return HeldOut(raw, kept, nonzeros / n, cosines / n, float(used.mean()))
+    return HeldOut(raw, kept, nonzeros / n, cosines / n, float(used.mean()), np.concatenate(errors))
 
 
 def control(
@@ -108,6 +115,8 @@ def figures(coder: Coder, fitted: HeldOut, untrained: HeldOut, *, seed: int) -> 
         "control_fvu_bulk_interval": interval(untrained.bulk),
         "gain_bulk": float(gain(np.ones((1, n_documents)))[0]),
         "gain_bulk_interval": metrics.bootstrap(gain, n_documents, seed=seed),
+        "median_error": float(np.nanmedian(fitted.errors)),
+        "control_median_error": float(np.nanmedian(untrained.errors)),
         "l0": fitted.l0,
         "control_l0": untrained.l0,
         "cosine": fitted.cosine,

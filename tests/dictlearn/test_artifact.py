@@ -157,7 +157,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "metadata without encoder": (table(J, encoder=None), "encoder"),
     "encoder unknown": (table(J, encoder={"name": "telepathy"}), "telepathy"),
     "encoder a list": (table(J, encoder=[1]), W),
-    "newer schema": (table(J, schema=2), "schema 2, but this version reads schema 1"),
+    "newer schema": (table(J, schema=3), "schema 3, but this version reads schema 2"),
     "no schema": (table(J, schema=None), "schema None"),
     "metrics gone": (lambda run: (run / R).unlink(), R),
     "metrics garbage": (write(R, b"{"), R),

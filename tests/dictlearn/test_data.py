@@ -621,7 +621,7 @@ def test_statistics_against_numpy(make_store: MakeStore) -> None:
     store = make_store((x[:250], document[:250]), (x[250:], document[250:]))
     trained = Rows(store, HOOK, np.unique(document[document != 3]))
     exact = x[document != 3].astype(np.float64)
-    normaliser, bulk = statistics(trained)
+    _, normaliser, bulk = statistics(trained)
     np.testing.assert_allclose(normaliser.mean, exact.mean(axis=0), rtol=1e-6)
     assert normaliser.scale == pytest.approx(np.sqrt(exact.var(axis=0).mean()), rel=1e-6)
     share = exact.var(axis=0) / exact.var(axis=0).sum()
@@ -636,13 +636,13 @@ def test_statistics_against_numpy(make_store: MakeStore) -> None:
 def test_spread_does_not_drown_in_a_great_mean(make_store: MakeStore) -> None:
     x = (6e4 + np.random.default_rng(3).integers(-2, 3, (500, D))).astype(np.float32)
     store = make_store((x[:200], np.arange(200)), (x[200:], np.arange(200, 500)))
-    scale = statistics(all_rows(store))[0].scale
+    scale = statistics(all_rows(store))[1].scale
     assert scale == pytest.approx(np.sqrt(x.astype(np.float64).var(axis=0).mean()), rel=1e-6)
 
 
 def test_normalised_rows_have_mean_0_and_unit_variance_a_dimension(make_store: MakeStore) -> None:
     rows = all_rows(make_store(*shards([40, 30, 50], 12)))
-    normaliser, _ = statistics(rows)
+    _, normaliser, _ = statistics(rows)
     x = jnp.concatenate([x for x, _ in rows.by_shard()])
     y = np.asarray(normaliser.normalise(x))
     np.testing.assert_allclose(y.mean(axis=0), 0, atol=1e-5)

@@ -356,7 +356,8 @@ def test_interrupt_leaves_a_run_that_says_so(here, store, quick):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in errors
-    with pytest.raises(artifact.ArtifactError, match=r"unfinished: interrupted at step \d+ of"):
+    assert "kept. Go on: python -m dictlearn.fit runs/small-001" in errors
+    with pytest.raises(artifact.ArtifactError, match="unfinished: it is running, or was killed"):
         dictlearn.load(here / "runs" / "small-001")
     # The next fit goes elsewhere, and this one is never shown as a sibling.
     assert command(quick, cwd=here).returncode == 0
@@ -417,7 +418,7 @@ def test_jax_is_on_the_cpu_here_or_says_so(here, store):
 
 
 def test_two_fits_at_one_named_place(here, store, quick):
-    """The second is refused while the first runs; Ctrl-C brings back what the first replaced."""
+    """The second is refused while the first runs; Ctrl-C keeps both what was and what is begun."""
     named = (quick, "--set", "output=mine", "--overwrite")
     assert command(*named, cwd=here).returncode == 0
     before = (here / "mine" / artifact.WEIGHTS).read_bytes()
@@ -435,7 +436,9 @@ def test_two_fits_at_one_named_place(here, store, quick):
     first.send_signal(signal.SIGINT)
     first.communicate(timeout=60)
     assert first.returncode == 130
-    assert (here / "mine" / artifact.WEIGHTS).read_bytes() == before
+    assert (here / ".mine.replaced" / artifact.WEIGHTS).read_bytes() == before
+    assert (here / "mine" / artifact.CHECKPOINT).exists()
+    assert command(*named, cwd=here).returncode == 0  # begun anew
     assert dictlearn.load(here / "mine").metrics["l0"] > 0
     assert [path.name for path in here.iterdir() if "mine" in path.name] == ["mine"]
 

@@ -1,0 +1,226 @@
+"""The only training loop: batches in, the coder that was best on validation rows out.
+
+It logs each step, saves checkpoints, and goes on from one to the bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, cast
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from activations.store import Store
+from activations.terminal import UserError, progress
+from dictlearn import artifact, devices, heldout
+from dictlearn import checkpoint as checkpoints
+from dictlearn.config import FitConfig
+from dictlearn.data import Rows, State
+from dictlearn.dictionary import Coder, Dictionary, Normaliser
+from dictlearn.encoders.base import AbstractEncoder
+from dictlearn.metrics import Bulk
+from dictlearn.plan import n_steps
+from dictlearn.solvers.base import AbstractSolver, Batch
+
+# Rows from which a solver may begin; more would only cost memory.
+_INIT_ROWS = 32768
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A fit that can begin: its data are there, and the config suits them."""
+
+    config: FitConfig
+    table: dict[str, Any]  # the config with every default written out
+    store: Store
+    parts: dict[str, Rows]
+    train: Rows
+    normaliser: Normaliser
+    bulk: Bulk
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the result to the bit, and so whether a checkpoint belongs here."""
+        keys = ("seed", "start", "solver")
+        data = {key: value for key, value in self.table["data"].items() if key != "store"}
+        loop = {key: self.table["fit"][key] for key in ("batch_size", "epochs")}
+        store = self.store.manifest.sha256()
+        return {**{k: self.table.get(k) for k in keys}, "data": data, "fit": loop, "store": store}
+
+
+@dataclasses.dataclass(frozen=True)
+class Mark:
+    """How far a fit is, after a whole step."""
+
+    step: int
+    state: Any
+    rows: State  # of the stream that it has seen
+    best: tuple[Dictionary, AbstractEncoder]
+    best_step: int
+    best_score: float
+    log_bytes: int
+    seconds: float
+
+    def save(self, file: Path, of: dict[str, Any]) -> None:
+        """Write the checkpoint.
+
+        Raises:
+          UserError: the state holds NaN: the checkpoint before it is kept.
+        """
+        floats = jax.tree.leaves(eqx.filter(self.state, eqx.is_inexact_array))
+        if not all(np.isfinite(np.asarray(leaf)).all() for leaf in floats):
+            raise UserError(f"step {self.step}: the solver's state holds NaN or infinity")
+        names = ("step", "rows", "best_step", "best_score", "log_bytes", "seconds")
+        header = {name: getattr(self, name) for name in names}
+        checkpoints.save(file, (self.state, self.best), of=of, header=header)
+
+    @staticmethod
+    def load(file: Path, like: Mark, of: dict[str, Any]) -> Mark:
+        """The mark that `save` wrote; `like` has the same arrays."""
+        (state, best), header = checkpoints.load(file, (like.state, like.best), of=of)
+        del header["of"]
+        return Mark(state=state, best=best, **header)
+
+
+def train(
+    job: Job, mark: Mark, run: Path | None, *, checkpoint: Path | None = None
+) -> tuple[Coder, int, float]:
+    """Step through the epochs; the coder that was best on validation rows, its step, seconds.
+
+    Arguments:
+      mark: where to begin.
+      run: where log and checkpoints go; None for a process that only helps.
+      checkpoint: where to go on from instead; `mark` tells its shape.
+    """
+    config, size = job.config, job.config.fit.batch_size
+    mesh, count = devices.mesh(), n_steps(job.config.fit.epochs * len(job.train), size)
+    solver = cast(AbstractSolver[Any], config.solver)
+    _, step_key = jax.random.split(jax.random.key(config.seed))
+    if checkpoint is not None:
+        mark = Mark.load(checkpoint, mark, job.identity)
+    normaliser = devices.everywhere(job.normaliser, mesh)
+    state = devices.everywhere(mark.state, mesh)
+    batches = job.train.batches(size, seed=config.seed, state=mark.rows)
+    saved = started = time.monotonic()
+    before, saved_step = mark.seconds, mark.step
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.closing(batches))
+        log = stack.enter_context(_log(run, mark.log_bytes))
+        bar = stack.enter_context(
+            progress(
+                total=count,
+                initial=mark.step,
+                unit="step",
+                desc=f"fit {config.solver.name}",
+                disable=run is None,
+            )
+        )
+        try:
+            for step in range(mark.step + 1, count + 1):
+                begun = time.monotonic()
+                x = normaliser.normalise(devices.spread(next(batches), mesh))
+                state, info = solver.step(state, Batch(x), key=jax.random.fold_in(step_key, step))
+                state = devices.everywhere(state, mesh)
+                line = {name: value.item() for name, value in vars(info).items()}
+                line = {"step": step, **line, "seconds": time.monotonic() - begun}
+                if not math.isfinite(line["objective"]):
+                    raise UserError(_not_finite(job, step, line["objective"], saved_step))
+                best = mark.best, mark.best_step, mark.best_score
+                if step % n_steps(len(job.train), size) == 0 or step == count:
+                    result = devices.here(solver.result(state), mesh)
+                    seen = heldout.evaluate(
+                        Coder(job.normaliser, *result), job.parts["validation"], job.bulk
+                    )
+                    line |= {"validation_fvu": seen.fvu, "validation_fvu_bulk": seen.fvu_bulk}
+                    # Where everything is a carrier (very few dimensions), there is no bulk.
+                    score = seen.fvu_bulk if math.isfinite(seen.fvu_bulk) else seen.fvu
+                    if mark.best_step == 0 or score < mark.best_score:
+                        best = result, step, score
+                    bar.set_postfix_str(f"validation fvu_bulk {seen.fvu_bulk:.4f}", refresh=False)
+                finite = {key: v if math.isfinite(v) else None for key, v in line.items()}
+                log.write((json.dumps(finite) + "\n").encode())
+                seconds = before + time.monotonic() - started
+                mark = Mark(step, state, batches.state, *best, log.tell(), seconds)
+                bar.update()
+                due = time.monotonic() - saved >= 60 * config.fit.checkpoint_minutes
+                due |= step - saved_step == config.fit.checkpoint_steps
+                if run is not None and due and step < count:
+                    os.fsync(log.fileno())
+                    mark.save(run / artifact.CHECKPOINT, job.identity)
+                    saved, saved_step = time.monotonic(), step
+        except KeyboardInterrupt:
+            if run is not None and mark.step > saved_step:
+                mark.save(run / artifact.CHECKPOINT, job.identity)
+            raise
+    return Coder(job.normaliser, *mark.best), mark.best_step, mark.seconds
+
+
+def begin(job: Job, where: str) -> Mark:
+    """The state before the first step.
+
+    Raises:
+      UserError: the solver cannot begin from these rows, or from the run named as a start.
+    """
+    config = job.config
+    solver = cast(AbstractSolver[Any], config.solver)
+    key, _ = jax.random.split(jax.random.key(config.seed))
+    count = n_steps(config.fit.epochs * len(job.train), config.fit.batch_size)
+    sample = job.train.sample(max(_INIT_ROWS, solver.n_atoms), seed=config.seed)
+    atoms = _start(job, where) if config.start is not None else None
+    try:
+        state = solver.init(
+            job.normaliser.normalise(jnp.asarray(sample)), n_steps=count, key=key, atoms=atoms
+        )
+    except ValueError as error:
+        raise UserError(f"{where}:\n  solver.{error}") from None
+    return Mark(0, state, {"rows": 0}, solver.result(state), 0, 0.0, 0, 0.0)
+
+
+def _start(job: Job, where: str) -> Array:
+    """The atoms of the run that the config names as a start."""
+    assert job.config.start is not None
+    atoms = artifact.load(job.config.start).coder.dictionary.atoms
+    wanted = (job.config.solver.n_atoms, job.store.width(job.config.data.hook))
+    if atoms.shape != wanted:
+        raise UserError(
+            f"{where}:\n  start: {job.config.start} has atoms of shape {atoms.shape}, but this fit "
+            f"needs {wanted}"
+        )
+    return atoms.at[:, job.normaliser.carriers].set(0)
+
+
+def _not_finite(job: Job, step: int, objective: float, saved_step: int) -> str:
+    size = job.config.fit.batch_size
+    first = (step - 1) * size
+    last = (
+        f"the last good checkpoint is of step {saved_step}" if saved_step else "no checkpoint yet"
+    )
+    return (
+        f"step {step}: the objective is {objective}, on rows {first:,} to {first + size:,} of the "
+        f"stream (epoch {1 + first // len(job.train)}); {last}. For an SAE, lower "
+        "solver.learning_rate; otherwise look for rows of great norm (data.leave_out_massive)."
+    )
+
+
+@contextlib.contextmanager
+def _log(run: Path | None, size: int) -> Iterator[IO[bytes]]:
+    """train.jsonl, cut to what the checkpoint knows of it."""
+    if run is None:
+        with open(os.devnull, "wb") as log:
+            yield log
+        return
+    with (run / "train.jsonl").open("ab", buffering=0) as log:
+        log.truncate(size)
+        log.seek(0, os.SEEK_END)
+        yield log
