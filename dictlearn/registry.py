@@ -13,8 +13,9 @@ from dictlearn.encoders.nn_omp import NonNegativeOMP
 from dictlearn.encoders.omp import OMP
 from dictlearn.solvers.ksvd import KSVD
 from dictlearn.solvers.sae import TopKSAE
+from dictlearn.solvers.untrained import Untrained
 
-Solver = Annotated[KSVD | TopKSAE, Field(discriminator="name")]
+Solver = Annotated[KSVD | TopKSAE | Untrained, Field(discriminator="name")]
 
 # Everything that an artifact can hold, by the `name` it is saved under.
 ENCODERS = {

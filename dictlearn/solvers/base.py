@@ -1,17 +1,26 @@
 """What a solver is."""
 
 import abc
-from typing import Generic, TypeVar
+from typing import Annotated, Generic, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
+from pydantic import Field
 
+from dictlearn.codes import SparseCodes
 from dictlearn.dictionary import Dictionary
 from dictlearn.encoders.base import AbstractEncoder
+from dictlearn.encoders.matryoshka_omp import MatryoshkaOMP
+from dictlearn.encoders.mp import MP
+from dictlearn.encoders.nn_omp import NonNegativeOMP
+from dictlearn.encoders.omp import OMP
 
 State = TypeVar("State")
+
+# The encoders that a config may name for a solver that codes with a pursuit.
+Pursuit = Annotated[OMP | NonNegativeOMP | MP | MatryoshkaOMP, Field(discriminator="name")]
 
 
 class Batch(eqx.Module):
@@ -102,3 +111,24 @@ def unit_rows(rows: Float[Array, "n d"]) -> Float[Array, "n d"]:
     norms = jnp.linalg.norm(rows, axis=1, keepdims=True)
     axis = jnp.zeros_like(rows).at[:, 0].set(1)
     return jnp.where(norms > 0, rows / jnp.where(norms > 0, norms, 1), axis)
+
+
+def check_pursuit(encoder: Pursuit, n_atoms: int) -> None:
+    """Whether a solver's encoder suits its dictionary. Raises ValueError naming the field."""
+    try:
+        encoder.check()
+        encoder.capacity(n_atoms, n_atoms)
+    except ValueError as error:
+        raise ValueError(f"encoder.{error}") from None
+
+
+@jax.jit
+def measure(
+    x: Float[Array, "n d"], codes: SparseCodes, atoms: Float[Array, "m d"]
+) -> tuple[Info, Float[Array, " m"]]:
+    """What a step tells (`dead` is left to the solver), and each atom's energy, sum_n z_nj^2."""
+    objective = jnp.mean(jnp.sum((x - codes.decode(atoms)) ** 2, axis=1))
+    variance = jnp.mean(jnp.sum((x - x.mean(axis=0, keepdims=True)) ** 2, axis=1))
+    energy = jnp.zeros(len(atoms), x.dtype).at[codes.indices].add(codes.values**2)
+    info = Info(objective, objective / variance, codes.l0().mean(dtype=x.dtype), jnp.array(0))
+    return info, energy

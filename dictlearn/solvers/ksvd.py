@@ -13,15 +13,17 @@ from pydantic import Field
 from dictlearn.codes import SparseCodes
 from dictlearn.dictionary import Dictionary
 from dictlearn.encoders.base import AbstractEncoder
-from dictlearn.encoders.matryoshka_omp import MatryoshkaOMP
-from dictlearn.encoders.mp import MP
-from dictlearn.encoders.nn_omp import NonNegativeOMP
-from dictlearn.encoders.omp import OMP
 from dictlearn.encoders.pursuit import on_one_cpu
 from dictlearn.solvers import ksvd_cpu
-from dictlearn.solvers.base import AbstractSolver, Batch, Info, unit_rows
-
-Pursuit = Annotated[OMP | NonNegativeOMP | MP | MatryoshkaOMP, Field(discriminator="name")]
+from dictlearn.solvers.base import (
+    AbstractSolver,
+    Batch,
+    Info,
+    Pursuit,
+    check_pursuit,
+    measure,
+    unit_rows,
+)
 
 
 class _KSVDState(eqx.Module):
@@ -90,11 +92,7 @@ class KSVD(AbstractSolver[_KSVDState]):
 
     def check(self) -> None:
         """Rules that join hyperparameters. Raises ValueError naming the field."""
-        try:
-            self.encoder.check()
-            self.encoder.capacity(self.n_atoms, self.n_atoms)
-        except ValueError as error:
-            raise ValueError(f"encoder.{error}") from None
+        check_pursuit(self.encoder, self.n_atoms)
 
     @property
     def control(self) -> AbstractEncoder:
@@ -127,7 +125,7 @@ class KSVD(AbstractSolver[_KSVDState]):
         """Code the batch, then update every atom once."""
         dictionary, encoder = self.result(state)
         codes = encoder.prepare(dictionary).encode(batch.x)
-        info, used = _info(batch.x, codes, state.atoms)
+        info, used = measure(batch.x, codes, state.atoms)
         sweep = ksvd_cpu.sweep if on_one_cpu(batch.x) else _sweep
         atoms, residual = state.atoms, batch.x
         for group in self.encoder.groups(self.n_atoms):
@@ -148,18 +146,6 @@ class KSVD(AbstractSolver[_KSVDState]):
         if jax.default_backend() != "cpu" or jax.device_count() > 1:
             codes = batch_size * self.n_atoms
         return 4 * (2 * codes + 4 * batch_size * width + self.n_atoms**2)
-
-
-@jax.jit
-def _info(
-    x: Float[Array, "n d"], codes: SparseCodes, atoms: Float[Array, "m d"]
-) -> tuple[Info, Float[Array, " m"]]:
-    """What the step tells, and the energy of each atom's coefficients."""
-    objective = jnp.mean(jnp.sum((x - codes.decode(atoms)) ** 2, axis=1))
-    variance = jnp.mean(jnp.sum((x - x.mean(axis=0, keepdims=True)) ** 2, axis=1))
-    energy = jnp.zeros(len(atoms), x.dtype).at[codes.indices].add(codes.values**2)
-    info = Info(objective, objective / variance, codes.l0().mean(dtype=x.dtype), jnp.array(0))
-    return info, energy
 
 
 @eqx.filter_jit
