@@ -51,7 +51,7 @@ def show(path: Path) -> None:
             f"fvu_bulk against the control's: {_signed(-metrics['gain_bulk'])} "
             f"(95 % interval {_signed(-high)} to {_signed(-low)})."
         )
-    say("control: untrained rows of the data as atoms, coded by OMP with the same k.")
+    say(f"control: untrained rows of the data as atoms, coded by {_control(metadata)}.")
     say("fvu: variance unexplained, lower is better. fvu_bulk: without the few")
     say("dimensions and rows that hold most of it. Lower error is not truer features.")
     say("")
@@ -64,6 +64,12 @@ def describe(metadata: dict[str, Any]) -> str:
     """E.g. "ksvd, 2,048 atoms, at most 32 a token"."""
     solver = metadata["solver"]
     return f"{solver['name']}, {solver['n_atoms']:,} atoms, at most {_sparsity(metadata)} a token"
+
+
+def _control(metadata: dict[str, Any]) -> str:
+    """What codes the control: a pursuit codes its own; an SAE's is OMP with the same k."""
+    encoder = metadata["encoder"]["name"]
+    return "OMP with the same k" if encoder in ("omp", "linear") else encoder
 
 
 def _sparsity(metadata: dict[str, Any]) -> int:

@@ -1,0 +1,221 @@
+"""What solvers recover of planted features:  python -m experiments.planted --out DIR.
+
+For each size and seed, a store of planted activations is made under DIR/stores, every solver is
+fitted on it under DIR/runs, and scored by evals.recovery on rows that the store does not hold. A
+line a fit goes to DIR/results.jsonl; fits that have their line already are not done again, so that
+a run that was killed goes on where it stopped. OMP codes the true directions, in raw and in
+centred rows (`oracle`, `oracle-centred`: the ceiling), and random ones (`random`: the floor).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import itertools
+import json
+import shutil
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from activations.config import validate
+from activations.store import Store
+from activations.terminal import UserError, run_command
+from dictlearn import artifact
+from dictlearn.config import FitConfig
+from dictlearn.dictionary import Coder
+from dictlearn.encoders.omp import OMP
+from dictlearn.fit import fit
+from evals import planted, recovery
+from evals.planted import PlantedConfig, Sample, Truth
+
+# Name: the planted config, rows to fit on, rows to score on.
+SIZES: dict[str, tuple[dict[str, Any], int, int]] = {
+    "quick": ({"width": 16, "n_features": 40, "mean_active": 2.0}, 4_000, 1_000),
+    "small": ({"width": 64, "n_features": 256, "mean_active": 6.0}, 40_000, 10_000),
+    "medium": ({"width": 256, "n_features": 2048, "mean_active": 16.0}, 100_000, 20_000),
+    "large": ({"width": 768, "n_features": 16384, "mean_active": 32.0}, 200_000, 20_000),
+}
+# The rough ones have a carrier, half of the variance, and one massive row in a thousand.
+_ROUGH = {"carrier": 0.5, "massive": 0.001}
+SIZES |= {f"{name}-rough": (table | _ROUGH, n, m) for name, (table, n, m) in SIZES.items()}
+
+# Name: the tables [solver], [fit] and [data]. n_atoms is set to the number of features where it is
+# not given, and k, of the solver or of its encoder, to the features that fire in a row on average.
+_LONG = {"batch_size": 4096, "epochs": 8}
+_SHORT = {"batch_size": 4096, "epochs": 0.1}  # for solvers that do not learn
+_OMP = {"name": "omp"}
+_KEPT = {"keep_carriers": True, "leave_out_massive": True}
+SOLVERS: dict[str, dict[str, Any]] = {
+    "ksvd": {"solver": {"name": "ksvd", "encoder": _OMP}, "fit": _LONG},
+    "ksvd-kept": {"solver": {"name": "ksvd", "encoder": _OMP}, "fit": _LONG, "data": _KEPT},
+    "ksvd-nn": {"solver": {"name": "ksvd", "encoder": {"name": "nn_omp"}}, "fit": _LONG},
+    "ksvd-mp": {"solver": {"name": "ksvd", "encoder": {"name": "mp"}}, "fit": _LONG},
+    "ksvd-matryoshka": {
+        "solver": {"name": "ksvd", "encoder": {"name": "matryoshka_omp"}},
+        "fit": _LONG,
+    },
+    "topk_sae": {
+        "solver": {"name": "topk_sae", "learning_rate": 3e-3},
+        "fit": {"batch_size": 1024, "epochs": 25},
+    },
+    "data_rows": {
+        "solver": {"name": "untrained", "atoms": "data_rows", "encoder": _OMP},
+        "fit": _SHORT,
+    },
+    "gaussian": {
+        "solver": {"name": "untrained", "atoms": "gaussian", "encoder": _OMP},
+        "fit": _SHORT,
+    },
+}
+REFERENCES = ("oracle", "oracle-centred", "random")
+
+COLUMNS = {
+    "f1": "f1", "f1_by_firing": "by firing", "recovered_90": "found",
+    "recovered_90_by_firing": "by firing", "recovered_90_rare": "rare",
+    "junk": "junk", "fvu_bulk": "fvu_bulk", "seconds": "seconds",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One line of the results: what is planted, and what is fitted to it."""
+
+    size: str
+    seed: int
+    system: str
+
+    @property
+    def planted(self) -> PlantedConfig:
+        """The config of the truth."""
+        return PlantedConfig(**SIZES[self.size][0], seed=self.seed)
+
+    def identity(self) -> dict[str, Any]:
+        """What a line must say to be the line of this job; [solver] and [fit] but of references."""
+        config, rows = dataclasses.asdict(self.planted), list(SIZES[self.size][1:])
+        k = round(self.planted.mean_active)
+        line = dataclasses.asdict(self) | {"planted": config, "rows": rows, "k": k}
+        if self.system in REFERENCES:
+            return line
+        tables = copy.deepcopy(SOLVERS[self.system])
+        tables["solver"].setdefault("n_atoms", self.planted.n_features)
+        tables["solver"].get("encoder", tables["solver"]).setdefault("k", k)
+        if self.size == "quick":
+            tables["fit"] = {"batch_size": 256, "epochs": 2}
+        return line | {"data": {}} | tables
+
+
+def coder_of(job: Job, truth: Truth, out: Path) -> tuple[Coder, dict[str, Any]]:
+    """What is to be scored, and how long it took to fit."""
+    identity = job.identity()
+    encoder = OMP(k=identity["k"])
+    if job.system == "oracle":
+        return recovery.oracle(truth, encoder), {}
+    if job.system == "oracle-centred":
+        return recovery.oracle(truth, encoder, mean=planted.rows(truth, 20_000).x.mean(axis=0)), {}
+    if job.system == "random":
+        rng = np.random.default_rng(job.seed)
+        return recovery.plain_coder(rng.standard_normal(truth.directions.shape), encoder), {}
+    name = f"{job.size}-{job.seed}"
+    place = make_store(out / "stores" / name, truth, SIZES[job.size][1])
+    table = {key: identity[key] for key in ("seed", "solver", "fit")} | {
+        "name": f"planted-{job.system}",
+        "data": identity["data"] | {"store": str(place), "hook": planted.HOOK},
+        "output": str(out / "runs" / f"{name}-{job.system}"),
+    }
+    config = validate(FitConfig, table, f"SOLVERS[{job.system!r}]")
+    run = artifact.load(fit(config, overwrite=True))
+    return run.coder, {"seconds": run.metrics["seconds"]}
+
+
+def make_store(path: Path, truth: Truth, n_rows: int) -> Path:
+    """The store at `path`, made where it is missing; what a kill left is begun anew."""
+    if not path.exists():
+        begun = path.with_name(f".{path.name}.partial")
+        shutil.rmtree(begun, ignore_errors=True)
+        planted.store(begun, truth, n_rows)
+        begun.rename(path)
+    there = Store(path).manifest.request
+    if there != {"planted": dataclasses.asdict(truth.config), "n_rows": n_rows}:
+        raise UserError(f"{path}: holds other planted rows. Delete it, or name another --out.")
+    return path
+
+
+def line_of(job: Job, file: Path) -> dict[str, Any] | None:
+    """The newest line of a job, if any. A line that a kill has cut is passed over."""
+    identity = job.identity()
+    for text in reversed(file.read_text().splitlines() if file.exists() else []):
+        with contextlib.suppress(ValueError):
+            line = json.loads(text)
+            if identity.items() <= line.items():
+                return line
+    return None
+
+
+def run(jobs: list[Job], out: Path) -> list[dict[str, Any]]:
+    """Do what is not done yet; the line of every job."""
+    file = out / "results.jsonl"
+    out.mkdir(parents=True, exist_ok=True)
+    held: tuple[PlantedConfig, Truth, Sample] | None = None
+    for job in jobs:
+        if line_of(job, file) is not None:
+            continue
+        if held is None or held[0] != job.planted:
+            _, n_rows, n_scored = SIZES[job.size]
+            truth = planted.plant(job.planted)
+            held = job.planted, truth, planted.rows(truth, n_scored, first=n_rows)
+        coder, more = coder_of(job, held[1], out)
+        line = job.identity() | recovery.score(coder, held[1], held[2]) | more
+        line = {key: None if value != value else value for key, value in line.items()}  # NaN
+        with file.open("a+") as lines:
+            lines.seek(0)
+            cut = not ("\n" + lines.read()).endswith("\n")  # by a kill: begin a line of our own
+            lines.write("\n" * cut + json.dumps(line, allow_nan=False) + "\n")
+    return [line for job in jobs if (line := line_of(job, file)) is not None]
+
+
+def show(lines: list[dict[str, Any]]) -> None:
+    """Mean over seeds, and their standard deviation where there are several."""
+
+    def cell(values: list[float]) -> str:
+        mean = f"{statistics.fmean(values):.3f}" if values else ""
+        return mean if len(values) < 2 else f"{mean} ±{statistics.stdev(values):.3f}"
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for title in ("size", "system", *COLUMNS.values()):
+        table.add_column(title, no_wrap=True)
+    for size, system in dict.fromkeys((line["size"], line["system"]) for line in lines):
+        own = [line for line in lines if (line["size"], line["system"]) == (size, system)]
+        values = ([line[key] for line in own if line.get(key) is not None] for key in COLUMNS)
+        table.add_row(size, system, *map(cell, values))
+    Console(highlight=False, width=150).print(table)
+
+
+def main() -> None:
+    """Entry of `python -m experiments.planted`."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.planted", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="one tiny size, short fits")
+    parser.add_argument("--sizes", default="small", help=", ".join(SIZES))
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--solvers", default=",".join(SOLVERS))
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    sizes = ["quick"] if arguments.quick else arguments.sizes.split(",")
+    solvers, seeds = arguments.solvers.split(","), arguments.seeds.split(",")
+    for option, asked, names in (("sizes", sizes, SIZES), ("solvers", solvers, SOLVERS)):
+        if unknown := [name for name in asked if name not in names]:
+            raise UserError(f"--{option}: no {unknown[0]!r} among {', '.join(names)}")
+    if not all(map(str.isdecimal, seeds)):
+        raise UserError(f"--seeds: expected numbers such as 0,1,2, got {arguments.seeds!r}")
+    jobs = itertools.product(sizes, map(int, seeds), [*solvers, *REFERENCES])
+    show(run([Job(*names) for names in jobs], arguments.out))
+
+
+if __name__ == "__main__":
+    run_command(main)
