@@ -53,7 +53,7 @@ def wait(name: str) -> None:
 
 def mesh() -> Mesh | None:
     """All devices in a row; None where there is one."""
-    return jax.make_mesh((jax.device_count(),), ("rows",)) if jax.device_count() > 1 else None
+    return Mesh(np.array(jax.devices()), ("rows",)) if jax.device_count() > 1 else None
 
 
 def spread(x: np.ndarray, over: Mesh | None) -> Array:

@@ -48,7 +48,7 @@ class MP(AbstractPursuit):
     def tile(self, atoms: UnitAtoms, x: Float[Array, "n d"]) -> Choice:
         """Indices and values over unit atoms for some rows without the bias; traced."""
         n, k = len(x), self.capacity(*atoms.unit.shape)
-        rows, slots = jnp.arange(n), jnp.arange(k)[None]
+        rows, slots = jnp.arange(n), jnp.arange(k, dtype=jnp.int32)[None]
         epsilon = jnp.finfo(x.dtype).eps
         square = jnp.sum(x**2, axis=1)
 
@@ -61,7 +61,9 @@ class MP(AbstractPursuit):
                 (energy > self.tolerance**2 * square) & (again.any(axis=1) | (count < k))
             )
             slot = jnp.where(
-                again.any(axis=1), jnp.argmax(again, axis=1), jnp.minimum(count, k - 1)
+                again.any(axis=1),
+                jnp.argmax(again, axis=1).astype(jnp.int32),
+                jnp.minimum(count, k - 1),
             )
             move = jnp.where(active, move, 0)
             return (
