@@ -8,11 +8,19 @@ import numpy as np
 import pytest
 from sklearn.linear_model import orthogonal_mp
 
+from dictlearn.codes import SparseCodes
 from dictlearn.dictionary import Dictionary
+from dictlearn.encoders import omp_cpu
 from dictlearn.encoders.omp import OMP
+from dictlearn.encoders.pursuit import PreparedPursuit, _encode_tiles
 
 # (rows, m, d, k). Tiles hold 1,024 rows: fewer, one more, and not a multiple.
 SHAPES = [(700, 64, 32, 5), (1025, 48, 24, 8), (1100, 128, 16, 3), (200, 20, 20, 10)]
+
+FORMS: dict[str, Callable[[PreparedPursuit, jax.Array], SparseCodes]] = {
+    "one by one": PreparedPursuit.encode,
+    "batched": lambda prepared, x: _encode_tiles(prepared, x, None),
+}
 
 
 def problem(n: int, m: int, d: int, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -22,12 +30,23 @@ def problem(n: int, m: int, d: int, *, seed: int) -> tuple[np.ndarray, np.ndarra
     return rng.standard_normal((n, d)), atoms / np.linalg.norm(atoms, axis=1, keepdims=True)
 
 
-def encode(x: np.ndarray, atoms: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Codes [n m] and residuals [n d], in the precision of x."""
-    dictionary = Dictionary(jnp.asarray(atoms, x.dtype), jnp.zeros(x.shape[1], x.dtype))
-    codes = OMP(k=k).prepare(dictionary).encode(jnp.asarray(x))
-    assert codes.values.dtype == x.dtype
-    return np.asarray(codes.dense()), x - np.asarray(dictionary.decode(codes))
+Encode = Callable[[np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray]]
+
+
+def encoding(form: str) -> Encode:
+    def encode(x: np.ndarray, atoms: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Codes [n m] and residuals [n d], in the precision of x."""
+        dictionary = Dictionary(jnp.asarray(atoms, x.dtype), jnp.zeros(x.shape[1], x.dtype))
+        codes = FORMS[form](OMP(k=k).prepare(dictionary), jnp.asarray(x))
+        assert codes.values.dtype == x.dtype
+        return np.asarray(codes.dense()), x - np.asarray(dictionary.decode(codes))
+
+    return encode
+
+
+@pytest.fixture(params=FORMS)
+def encode(request: pytest.FixtureRequest) -> Encode:
+    return encoding(request.param)
 
 
 def least_squares(x: np.ndarray, atoms: np.ndarray, codes: np.ndarray) -> np.ndarray:
@@ -39,28 +58,74 @@ def least_squares(x: np.ndarray, atoms: np.ndarray, codes: np.ndarray) -> np.nda
     return np.linalg.norm(left, axis=1)
 
 
-def test_float64_equals_scikit_learn() -> None:
+# 10,000 problems: (rows, m, d, k, share of a common direction in the atoms).
+MANY = [
+    (3000, 64, 32, 5, 0.0), (1025, 48, 24, 8, 0.0), (3000, 128, 16, 3, 0.0),
+    (475, 20, 20, 10, 0.0), (1500, 100, 30, 6, 0.5), (1000, 1500, 40, 10, 0.0),
+]  # fmt: skip
+
+
+def test_float64_equals_scikit_learn_on_10_000_problems(encode: Encode) -> None:
     rows = same = 0
-    for seed, (n, m, d, k) in enumerate(SHAPES):
+    for seed, (n, m, d, k, common) in enumerate(MANY):
         x, atoms = problem(n, m, d, seed=seed)
+        atoms = atoms + common * atoms[0]
+        atoms /= np.linalg.norm(atoms, axis=1, keepdims=True)
         with jax.enable_x64(True):
             ours = encode(x, atoms, k)[0]
         theirs = orthogonal_mp(atoms.T, x.T, n_nonzero_coefs=k).T
         rows += n
         same += np.isclose(ours, theirs, rtol=1e-9, atol=1e-11).all(axis=1).sum()
-    assert rows >= 2000
+    assert rows == 10_000
     assert same / rows >= 0.999
 
 
+@pytest.mark.parametrize(("n", "m"), [(1, 511), (63, 1024), (65, 1025), (1023, 2100), (1025, 1023)])
+def test_kernel_and_batches_agree(n: int, m: int) -> None:
+    """Whatever rows fill a tile or a thread's part, and atoms a block."""
+    x, atoms = problem(n, m, 40, seed=m)
+    with jax.enable_x64(True):
+        one, two = (encoding(form)(x, atoms, 6)[0] for form in FORMS)
+    np.testing.assert_allclose(one, two, atol=1e-10)
+
+
+def test_the_number_of_threads_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, atoms = problem(700, 100, 24, seed=20)
+    codes = []
+    for count in (1, 2, 5):
+        monkeypatch.setattr(omp_cpu, "threads_at_hand", lambda count=count: count)
+        codes.append(encoding("one by one")(x.astype(np.float32), atoms, 7)[0])
+    np.testing.assert_array_equal(codes[0], codes[1])
+    np.testing.assert_array_equal(codes[0], codes[2])
+
+
+def test_a_row_of_nan_spoils_no_other(encode: Encode) -> None:
+    x, atoms = problem(100, 50, 16, seed=21)
+    x = x.astype(np.float32)
+    good = encode(x, atoms, 4)[0]
+    x[7] = np.nan
+    np.testing.assert_array_equal(np.delete(encode(x, atoms, 4)[0], 7, 0), np.delete(good, 7, 0))
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1e15])
+def test_scale_of_rows_does_not_matter(encode: Encode, scale: float) -> None:
+    x, atoms = problem(100, 50, 16, seed=22)
+    x = x.astype(np.float32)
+    codes = encode((scale * x).astype(np.float32), atoms, 4)[0]
+    np.testing.assert_allclose(codes / scale, encode(x, atoms, 4)[0], rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize(("n", "m", "d", "k"), SHAPES)
-def test_float32_leaves_as_much_as_scikit_learn(n: int, m: int, d: int, k: int) -> None:
+def test_float32_leaves_as_much_as_scikit_learn(
+    encode: Encode, n: int, m: int, d: int, k: int
+) -> None:
     x, atoms = problem(n, m, d, seed=5)
     theirs = np.sum((x - orthogonal_mp(atoms.T, x.T, n_nonzero_coefs=k).T @ atoms) ** 2)
     residual = encode(x.astype(np.float32), atoms, k)[1]
     assert np.sum(residual.astype(np.float64) ** 2) == pytest.approx(theirs, rel=1e-4)
 
 
-def test_residual_is_orthogonal_to_the_support() -> None:
+def test_residual_is_orthogonal_to_the_support(encode: Encode) -> None:
     x, atoms = problem(300, 64, 32, seed=6)
     codes, residual = encode(x.astype(np.float32), atoms, 6)
     used = codes != 0
@@ -69,7 +134,7 @@ def test_residual_is_orthogonal_to_the_support() -> None:
     assert np.abs(cosine[~used]).max() > 0.1
 
 
-def test_one_more_nonzero_keeps_the_support() -> None:
+def test_one_more_nonzero_keeps_the_support(encode: Encode) -> None:
     """Greedy: the first k choices do not depend on how many follow."""
     x, atoms = problem(100, 40, 20, seed=7)
     few, many = (encode(x.astype(np.float32), atoms, k)[0] != 0 for k in (4, 5))
@@ -78,7 +143,7 @@ def test_one_more_nonzero_keeps_the_support() -> None:
 
 
 @pytest.mark.parametrize("k", [1, 4])
-def test_norms_of_atoms_do_not_matter(k: int) -> None:
+def test_norms_of_atoms_do_not_matter(encode: Encode, k: int) -> None:
     """Powers of two scale exactly, so the same atoms are chosen."""
     x, atoms = problem(300, 40, 20, seed=8)
     norms = 2.0 ** np.random.default_rng(9).integers(-8, 9, (40, 1))
@@ -101,7 +166,10 @@ def low_rank(x: np.ndarray, atoms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("hard", [duplicates, low_rank])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_dependent_atoms_leave_as_little_as_least_squares(
-    hard: Callable[..., tuple[np.ndarray, np.ndarray]], k: int, dtype: type[np.floating]
+    encode: Encode,
+    hard: Callable[..., tuple[np.ndarray, np.ndarray]],
+    k: int,
+    dtype: type[np.floating],
 ) -> None:
     x, atoms = hard(*problem(200, 32, 16, seed=11))
     x, atoms = x.astype(dtype), atoms.astype(dtype)
@@ -114,7 +182,7 @@ def test_dependent_atoms_leave_as_little_as_least_squares(
 
 @pytest.mark.parametrize("angle", [0, 1e-8, 1e-5, 1e-3, 5e-3, 1e-2, 0.1])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_near_parallel_atoms(dtype: type[np.floating], angle: float) -> None:
+def test_near_parallel_atoms(encode: Encode, dtype: type[np.floating], angle: float) -> None:
     """Rows in the plane of two atoms, half along their difference.
 
     The Gram matrix tells the angle's square to a relative eps / angle^2; refitting the residual
@@ -137,7 +205,7 @@ def test_near_parallel_atoms(dtype: type[np.floating], angle: float) -> None:
     assert (left <= slack * np.linalg.norm(x, axis=1)).all()
 
 
-def test_more_nonzeros_than_the_rank_reach_the_projection() -> None:
+def test_more_nonzeros_than_the_rank_reach_the_projection(encode: Encode) -> None:
     x, atoms = low_rank(*problem(200, 32, 16, seed=12))
     codes, residual = encode(x.astype(np.float32), atoms.astype(np.float32), 8)
     projection = np.linalg.pinv(atoms) @ atoms
@@ -146,7 +214,9 @@ def test_more_nonzeros_than_the_rank_reach_the_projection() -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_a_row_that_is_explained_takes_no_more_atoms(dtype: type[np.floating]) -> None:
+def test_a_row_that_is_explained_takes_no_more_atoms(
+    encode: Encode, dtype: type[np.floating]
+) -> None:
     atoms = problem(1, 32, 16, seed=15)[1]
     x = np.linspace(-1000, 1000, 32)[:, None] * atoms
     with jax.enable_x64(dtype is np.float64):
@@ -154,7 +224,7 @@ def test_a_row_that_is_explained_takes_no_more_atoms(dtype: type[np.floating]) -
     np.testing.assert_array_equal(codes != 0, np.eye(32, dtype=bool))
 
 
-def test_bias_is_taken_off_first() -> None:
+def test_bias_is_taken_off_first(encode: Encode) -> None:
     x, atoms = problem(50, 32, 16, seed=13)
     bias = jnp.arange(16, dtype=jnp.float32)
     plain = encode(x.astype(np.float32), atoms, 4)[0]
