@@ -56,7 +56,7 @@ def mesh() -> Mesh | None:
     return Mesh(np.array(jax.devices()), ("rows",)) if jax.device_count() > 1 else None
 
 
-def spread(x: np.ndarray, over: Mesh | None) -> Array:
+def spread(x: np.ndarray | Array, over: Mesh | None) -> Array:
     """Rows, a part on each device. Every process brings them all, and keeps its devices' part."""
     if over is None:
         return jnp.asarray(x)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from dictlearn.codes import SparseCodes
@@ -63,7 +64,14 @@ class Coder(eqx.Module):
     encoder: AbstractEncoder
 
     def prepare(self) -> PreparedCoder:
-        """Do once what does not depend on the rows."""
+        """Do once what does not depend on the rows.
+
+        Raises:
+          ValueError: an atom holds NaN or infinity.
+        """
+        bad = ~jnp.isfinite(self.dictionary.atoms).all(axis=1)
+        if not isinstance(bad, Tracer) and bad.any():
+            raise ValueError(f"dictionary: atom {int(jnp.argmax(bad))} holds NaN or infinity")
         return PreparedCoder(self.normaliser, self.encoder.prepare(self.dictionary))
 
     def encode(

@@ -78,9 +78,7 @@ class Mark:
         Raises:
           UserError: the state holds NaN: the checkpoint before it is kept.
         """
-        floats = jax.tree.leaves(eqx.filter(self.state, eqx.is_inexact_array))
-        if not all(np.isfinite(np.asarray(leaf)).all() for leaf in floats):
-            raise UserError(f"step {self.step}: the solver's state holds NaN or infinity")
+        _check_finite(self.state, self.step)
         names = ("step", "rows", "best_step", "best_score", "log_bytes", "seconds")
         header = {name: getattr(self, name) for name in names}
         checkpoints.save(file, (self.state, self.best), of=of, header=header)
@@ -138,6 +136,7 @@ def train(
                     raise UserError(_not_finite(job, step, line["objective"], saved_step))
                 best = mark.best, mark.best_step, mark.best_score
                 if step % n_steps(len(job.train), size) == 0 or step == count:
+                    _check_finite(state, step)
                     result = devices.here(solver.result(state), mesh)
                     seen = heldout.evaluate(
                         Coder(job.normaliser, *result), job.parts["validation"], job.bulk
@@ -198,6 +197,12 @@ def _start(job: Job, where: str) -> Array:
             f"needs {wanted}"
         )
     return atoms.at[:, job.normaliser.carriers].set(0)
+
+
+def _check_finite(state: Any, step: int) -> None:
+    floats = jax.tree.leaves(eqx.filter(state, eqx.is_inexact_array))
+    if not all(np.isfinite(np.asarray(leaf)).all() for leaf in floats):
+        raise UserError(f"step {step}: the solver's state holds NaN or infinity")
 
 
 def _not_finite(job: Job, step: int, objective: float, saved_step: int) -> str:

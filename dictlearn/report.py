@@ -100,6 +100,7 @@ def _table(
     row("  95 %", "fvu_bulk_interval", _interval)
     row("fvu", "fvu", "{:.4f}".format)
     row("  95 %", "fvu_interval", _interval)
+    row("median error", "median_error", "{:.4f}".format)
     row("L0", "l0", "{:.1f}".format)
     row("alive", "frac_alive", _percent)
     row("with a twin", "twins", _percent)

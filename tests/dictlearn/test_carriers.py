@@ -106,6 +106,14 @@ def test_carriers_survive_save_and_load(tmp_path: Path) -> None:
     assert eqx.tree_equal(artifact.load(tmp_path).coder, coder)
 
 
+def test_an_atom_with_nan_is_told() -> None:
+    coder = coder_with([])
+    atoms = coder.dictionary.atoms.at[7, 2].set(jnp.nan)
+    bad = eqx.tree_at(lambda c: c.dictionary.atoms, coder, atoms)
+    with pytest.raises(ValueError, match="dictionary: atom 7 holds NaN"):
+        bad.encode(rough_rows())
+
+
 # Massive rows
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from activations.config import validate
-from dictlearn import artifact, registry
+from dictlearn import artifact, devices, registry
 from dictlearn.codes import SparseCodes
 from dictlearn.dictionary import Coder, Dictionary, Normaliser
 from dictlearn.encoders.base import AbstractEncoder
@@ -124,9 +124,11 @@ def run(
     """Some steps over consecutive batches of x, from its beginning again where it ends."""
     state = solver.init(sample, n_steps=steps, key=KEY)
     infos = []
+    mesh = devices.mesh()  # test_devices runs this suite with eight
+    state = devices.everywhere(state, mesh)
     for step in range(steps):
         start = step * size % len(x)
-        batch = Batch(x[start : start + size])
+        batch = Batch(devices.spread(x[start : start + size], mesh))
         state, info = solver.step(state, batch, key=jax.random.fold_in(KEY, step))
         infos.append(info)
     return state, infos

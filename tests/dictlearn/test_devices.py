@@ -80,6 +80,18 @@ def test_a_step_is_the_same_on_eight_devices(tmp_path: Path) -> None:
             np.testing.assert_allclose(eight[name], one[name], rtol=0, atol=1e-9, err_msg=name)
 
 
+def test_the_contract_on_eight_devices() -> None:
+    """What the contract suite runs through `run` there has its rows on all of them."""
+    laws = "planted_atoms or unit_norm or same_key or finite or save_and_load or info_is"
+    command = [
+        sys.executable, "-m", "pytest", "-k", laws, Path(__file__).with_name("test_contract.py"),
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, env=os.environ | EIGHT, capture_output=True, text=True, check=False, timeout=500
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+
+
 @pytest.fixture
 def store(make_store: Callable[..., Store]) -> Store:
     rng = np.random.default_rng(0)
