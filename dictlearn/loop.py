@@ -138,9 +138,8 @@ def train(
                 if step % n_steps(len(job.train), size) == 0 or step == count:
                     _check_finite(state, step)
                     result = devices.here(solver.result(state), mesh)
-                    seen = heldout.evaluate(
-                        Coder(job.normaliser, *result), job.parts["validation"], job.bulk
-                    )
+                    coder = Coder(job.normaliser, *result)
+                    seen = heldout.evaluate(coder, job.parts["validation"], job.bulk)
                     line |= {"validation_fvu": seen.fvu, "validation_fvu_bulk": seen.fvu_bulk}
                     # Where everything is a carrier (very few dimensions), there is no bulk.
                     score = seen.fvu_bulk if math.isfinite(seen.fvu_bulk) else seen.fvu
@@ -154,7 +153,8 @@ def train(
                 bar.update()
                 due = time.monotonic() - saved >= 60 * config.fit.checkpoint_minutes
                 due |= step - saved_step == config.fit.checkpoint_steps
-                if run is not None and due and step < count:
+                # At the end too: what comes now, the test and the files, may still be stopped.
+                if run is not None and (due or step == count):
                     os.fsync(log.fileno())
                     mark.save(run / artifact.CHECKPOINT, job.identity)
                     saved, saved_step = time.monotonic(), step

@@ -329,16 +329,21 @@ def test_a_failed_overwrite_keeps_the_old_run(here, store):
     assert (here / "mine" / artifact.WEIGHTS).read_bytes() == before
 
 
-def test_a_full_disk_leaves_nothing_that_looks_whole(here, store, monkeypatch):
+def test_a_full_disk_leaves_a_run_that_can_go_on(here, store, monkeypatch):
     def full(path, content):
         if path.name == artifact.WEIGHTS:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         files.replace_file(path, content)
 
     monkeypatch.setattr(artifact, "replace_file", full)
-    with pytest.raises(UserError, match="no space left"):
+    with pytest.raises(UserError, match=r"no space left .* kept\. Go on"):
         fit.fit(typed(config_table(store)))
-    assert not list((here / "runs").iterdir())
+    run = here / "runs" / "small-001"
+    with pytest.raises(artifact.ArtifactError, match="unfinished"):
+        dictlearn.load(run)
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    assert dictlearn.load(fit.go_on(run)).metrics["l0"] > 0
 
 
 def test_interrupt_leaves_a_run_that_says_so(here, store, quick):

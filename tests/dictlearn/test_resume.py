@@ -23,7 +23,7 @@ from activations import files
 from activations.config import validate
 from activations.store import Store
 from activations.terminal import UserError
-from dictlearn import artifact, checkpoint
+from dictlearn import artifact, checkpoint, heldout
 from dictlearn.config import FitConfig
 from dictlearn.fit import fit, go_on
 from dictlearn.solvers.ksvd import KSVD
@@ -309,6 +309,24 @@ def test_what_a_fit_replaces_is_kept_until_it_is_done(
     go_on(run)
     assert dictlearn.load(run).metadata["solver"]["name"] == "ksvd"
     assert [path.name for path in tmp_path.iterdir() if "run" in path.name] == ["run"]
+
+
+def test_stopped_while_the_test_is_read(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the last step, and before anything is saved."""
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    loop = {"batch_size": 150, "epochs": 4}  # no checkpoint falls due
+    whole = fit(config(store, tmp_path / "whole", fit=loop))
+    monkeypatch.setattr(heldout, "figures", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="kept"):
+        fit(config(store, tmp_path / "run", fit=loop))
+    monkeypatch.undo()
+    go_on(tmp_path / "run")
+    same_run(whole, tmp_path / "run")
 
 
 def test_two_cannot_go_on_with_one_run(stopped: Path) -> None:
