@@ -63,16 +63,20 @@ def show(path: Path) -> None:
 def describe(metadata: dict[str, Any]) -> str:
     """E.g. "ksvd, 2,048 atoms, at most 32 a token"."""
     solver = metadata["solver"]
-    return f"{solver['name']}, {solver['n_atoms']:,} atoms, at most {_sparsity(metadata)} a token"
+    k = _sparsity(metadata)
+    most = f"at most {k} a token" if k else "as many a token as the tolerance takes"
+    return f"{solver['name']}, {solver['n_atoms']:,} atoms, {most}"
 
 
 def _control(metadata: dict[str, Any]) -> str:
     """What codes the control: a pursuit codes its own; an SAE's is OMP with the same k."""
     encoder = metadata["encoder"]["name"]
-    return "OMP with the same k" if encoder in ("omp", "linear") else encoder
+    if encoder not in ("omp", "linear"):
+        return encoder
+    return f"OMP with the same {'k' if _sparsity(metadata) else 'tolerance'}"
 
 
-def _sparsity(metadata: dict[str, Any]) -> int:
+def _sparsity(metadata: dict[str, Any]) -> int | None:
     solver = metadata["solver"]
     return solver["k"] if "k" in solver else solver["encoder"]["k"]
 
@@ -147,7 +151,7 @@ def _next(
     sibling: tuple[Path, dict[str, Any], dict[str, Any]] | None,
 ) -> list[str]:
     key = "solver.k" if "k" in metadata["solver"] else "solver.encoder.k"
-    half = max(1, _sparsity(metadata) // 2)
+    half = max(1, (_sparsity(metadata) or 64) // 2)
     lines = [f"python -m dictlearn.fit {path / 'config.toml'} --set {key}={half}"]
     if sibling is None and metadata["name"] == "quickstart":
         lines.insert(0, "python -m dictlearn.fit experiments/quickstart-sae.toml")

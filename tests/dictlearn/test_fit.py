@@ -448,6 +448,15 @@ def test_two_fits_at_one_named_place(here, store, quick):
     assert [path.name for path in here.iterdir() if "mine" in path.name] == ["mine"]
 
 
+def test_a_fit_that_stops_at_a_tolerance_alone(here, quick):
+    setting = 'solver.encoder={name="omp", tolerance=0.3}'
+    done = command(quick, "--set", setting, cwd=here)
+    assert done.returncode == 0, done.stderr
+    assert "as many a token as the tolerance takes" in done.stdout
+    assert "OMP with the same tolerance" in done.stdout
+    assert 0 < dictlearn.load(here / "runs" / "small-001").metrics["median_error"] < 0.3**2 * 1.5
+
+
 def test_a_run_can_be_fitted_again_from_its_own_config(here, quick):
     assert command(quick, "--set", "output=mine", cwd=here).returncode == 0
     assert command("mine/config.toml", "--set", "solver.encoder.k=1", cwd=here).returncode == 0
