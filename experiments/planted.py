@@ -75,7 +75,10 @@ SOLVERS: dict[str, dict[str, Any]] = {
     },
 }
 # Sizes whose fits are shorter: one for tests, and one since every step is long.
-SHORTER = {"quick": {"batch_size": 256, "epochs": 2}, "large": {"batch_size": 8192, "epochs": 2}}
+SHORTER: dict[str, dict[str, Any]] = {
+    "quick": {"batch_size": 256, "epochs": 2},
+    "large": {"batch_size": 8192, "epochs": 2},
+}
 REFERENCES = ("oracle", "oracle-centred", "random")
 
 COLUMNS = {
@@ -108,7 +111,10 @@ class Job:
         tables = copy.deepcopy(SOLVERS[self.system])
         tables["solver"].setdefault("n_atoms", self.planted.n_features)
         tables["solver"].get("encoder", tables["solver"]).setdefault("k", k)
-        tables["fit"] |= SHORTER.get(self.size.removesuffix("-rough"), {})
+        loop: dict[str, Any] = tables["fit"]
+        shorter = SHORTER.get(self.size.removesuffix("-rough")) or loop
+        epochs = min(shorter["epochs"], loop["epochs"])
+        tables["fit"] = loop | shorter | {"epochs": epochs}
         return line | {"data": {}} | tables
 
 
