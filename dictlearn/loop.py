@@ -176,27 +176,29 @@ def begin(job: Job, where: str) -> Mark:
     key, _ = jax.random.split(jax.random.key(config.seed))
     count = n_steps(config.fit.epochs * len(job.train), config.fit.batch_size)
     sample = job.train.sample(max(_INIT_ROWS, solver.n_atoms), seed=config.seed)
-    atoms = _start(job, where) if config.start is not None else None
+    start = _start(job, where) if config.start is not None else None
     try:
         state = solver.init(
-            job.normaliser.normalise(jnp.asarray(sample)), n_steps=count, key=key, atoms=atoms
+            job.normaliser.normalise(jnp.asarray(sample)), n_steps=count, key=key, start=start
         )
     except ValueError as error:
         raise UserError(f"{where}:\n  solver.{error}") from None
     return Mark(0, state, {"rows": 0}, solver.result(state), 0, 0.0, 0, 0.0)
 
 
-def _start(job: Job, where: str) -> Array:
-    """The atoms of the run that the config names as a start."""
+def _start(job: Job, where: str) -> Dictionary:
+    """The dictionary of the run that the config names as a start."""
     assert job.config.start is not None
-    atoms = artifact.load(job.config.start).coder.dictionary.atoms
+    coder = artifact.load(job.config.start).coder
     wanted = (job.config.solver.n_atoms, job.store.width(job.config.data.hook))
-    if atoms.shape != wanted:
+    if coder.dictionary.atoms.shape != wanted:
         raise UserError(
-            f"{where}:\n  start: {job.config.start} has atoms of shape {atoms.shape}, but this fit "
-            f"needs {wanted}"
+            f"{where}:\n  start: {job.config.start} has atoms of shape "
+            f"{coder.dictionary.atoms.shape}, but this fit needs {wanted}"
         )
-    return atoms.at[:, job.normaliser.carriers].set(0)
+    atoms = coder.dictionary.atoms.at[:, job.normaliser.carriers].set(0)
+    bias = coder.normaliser.restore(coder.dictionary.bias[None])
+    return Dictionary(atoms, job.normaliser.normalise(bias)[0])
 
 
 def _check_finite(state: Any, step: int) -> None:

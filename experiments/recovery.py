@@ -94,9 +94,8 @@ def ours(trial: Trial, start: np.ndarray, seed: int, settings: dict[str, Any]) -
     size = settings.pop("batch_size", N)
     solver, key = KSVD(M, OMP(k=K), **settings), jax.random.key(seed)
     rng = np.random.default_rng([seed, size])
-    state = solver.init(
-        jnp.asarray(trial.x), n_steps=STEPS * N // size, key=key, atoms=jnp.asarray(start)
-    )
+    begun = Dictionary(jnp.asarray(start), jnp.zeros(D))
+    state = solver.init(jnp.asarray(trial.x), n_steps=STEPS * N // size, key=key, start=begun)
     for epoch in range(STEPS):
         for part, rows in enumerate(np.split(rng.permutation(N), N // size)):
             turn = jax.random.fold_in(key, epoch * (N // size) + part)

@@ -1,7 +1,7 @@
 """What a solver is."""
 
 import abc
-from typing import Annotated, Generic, TypeVar
+from typing import Annotated, ClassVar, Generic, TypeVar
 
 import equinox as eqx
 import jax
@@ -45,9 +45,15 @@ class Info(eqx.Module):
 
 
 class AbstractSolver(eqx.Module, Generic[State]):
-    """Frozen hyperparameters. `step` is pure, and jits its own kernels."""
+    """Frozen hyperparameters. `step` is pure, and jits its own kernels.
+
+    Attributes:
+      needs: "gradient": batches carry the loss gradient. "all rows": every batch is the whole
+        training data, in one order, at most `max_rows` (a field of such solvers) rows.
+    """
 
     n_atoms: eqx.AbstractVar[int]
+    needs: ClassVar[frozenset[str]] = frozenset()
 
     @property
     @abc.abstractmethod
@@ -61,13 +67,13 @@ class AbstractSolver(eqx.Module, Generic[State]):
         *,
         n_steps: int,
         key: Key[Array, ""],
-        atoms: Float[Array, "m d"] | None = None,
+        start: Dictionary | None = None,
     ) -> State:
         """The state before the first step, from normalised training rows.
 
         Arguments:
           n_steps: how many steps there will be, for schedules.
-          atoms: where to begin, instead of where the solver would; any norms.
+          start: where to begin, instead of where the solver would; any norms.
 
         Raises:
           ValueError: the sample does not suffice, e.g. fewer rows than atoms.

@@ -105,13 +105,15 @@ class KSVD(AbstractSolver[_KSVDState]):
         *,
         n_steps: int,
         key: Key[Array, ""],
-        atoms: Float[Array, "m d"] | None = None,
+        start: Dictionary | None = None,
     ) -> _KSVDState:
-        """Atoms = `atoms`, random rows of the sample, or random directions; at unit norm."""
+        """Atoms = those of `start`, random rows of the sample, or random directions; unit norm."""
         del n_steps
-        if atoms is None and self.start == "data":
+        if start is not None:
+            atoms = start.atoms
+        elif self.start == "data":
             atoms = self.data_rows(sample, key=key)
-        elif atoms is None:
+        else:
             atoms = jax.random.normal(key, (self.n_atoms, sample.shape[1]), sample.dtype)
         return _KSVDState(
             atoms=unit_rows(atoms),

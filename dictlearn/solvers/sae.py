@@ -91,10 +91,10 @@ class TopKSAE(AbstractSolver[_SAEState]):
         *,
         n_steps: int,
         key: Key[Array, ""],
-        atoms: Float[Array, "m d"] | None = None,
+        start: Dictionary | None = None,
     ) -> _SAEState:
-        """Atoms and encoder weights = `atoms` or random rows of the sample, at unit norm."""
-        atoms = self.data_rows(sample, key=key) if atoms is None else unit_rows(atoms)
+        """Atoms and encoder weights = `start` or random rows of the sample, at unit norm."""
+        atoms = self.data_rows(sample, key=key) if start is None else unit_rows(start.atoms)
         dictionary = Dictionary(atoms, jnp.zeros(atoms.shape[1], atoms.dtype))
         encoder = Linear(atoms, jnp.zeros(self.n_atoms, atoms.dtype), TopK(self.k))
         weight = atoms * _best_scale(dictionary, encoder, sample[:_SCALE_ROWS])

@@ -71,16 +71,15 @@ class Untrained(AbstractSolver[_UntrainedState]):
         *,
         n_steps: int,
         key: Key[Array, ""],
-        atoms: Float[Array, "m d"] | None = None,
+        start: Dictionary | None = None,
     ) -> _UntrainedState:
-        """The atoms, from the sample; or `atoms`, as they are but for their norms.
+        """The atoms, from the sample; or those of `start`, as they are but for their norms.
 
         Raises:
           ValueError: there are fewer rows than atoms, or fewer principal directions.
         """
         del n_steps
-        if atoms is None:
-            atoms = self._atoms(sample, key)
+        atoms = self._atoms(sample, key) if start is None else start.atoms
         return _UntrainedState(unit_rows(atoms), jnp.zeros(self.n_atoms, jnp.int32))
 
     def _atoms(self, sample: Float[Array, "n d"], key: Key[Array, ""]) -> Float[Array, "m d"]:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dictlearn.dictionary import Dictionary
 from dictlearn.encoders.omp import OMP
 from dictlearn.solvers.base import Batch
 from dictlearn.solvers.untrained import Untrained
@@ -68,5 +69,5 @@ def test_only_so_many_principal_directions(sample: jax.Array) -> None:
 def test_given_atoms_are_kept_but_for_their_norms(sample: jax.Array) -> None:
     solver = Untrained(3, OMP(k=1), "random")
     given = 5 * jnp.eye(3, D)
-    state = solver.init(sample, n_steps=1, key=KEY, atoms=given)
+    state = solver.init(sample, n_steps=1, key=KEY, start=Dictionary(given, jnp.zeros(D)))
     np.testing.assert_array_equal(state.atoms, jnp.eye(3, D))
