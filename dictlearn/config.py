@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from activations.config import validate
+from activations.store import Store
 from activations.terminal import UserError
 from dictlearn import artifact
 from dictlearn.registry import Solver
@@ -31,6 +32,7 @@ class DataConfig:
         one more nonzero of every row. Solver and control never see them.
       leave_out_massive: fit without the rows whose norm is over 5 times the training median;
         figures are of all rows.
+      centre: take the training rows' mean out first.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -42,6 +44,7 @@ class DataConfig:
     memory_mib: Annotated[int, Field(gt=0)] = 2048
     keep_carriers: bool = False
     leave_out_massive: bool = False
+    centre: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,16 +52,23 @@ class LoopConfig:
     """How long, and in what portions.
 
     Attributes:
-      batch_size: rows a step.
+      batch_size: rows a step; all training rows where it is left out.
       epochs: times that every training row is seen.
+      evaluate_steps: how often the dictionary is tried on the validation rows, from which the best
+        is kept; once an epoch where it is left out.
+      patience, tolerance: the fit ends when so many evaluations in a row have not brought the
+        validation fvu_bulk down by this share of it. Left out: after all epochs.
       checkpoint_minutes, checkpoint_steps: how often the fit is saved, so that it can go on after
         it was stopped; whichever comes first.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    batch_size: Annotated[int, Field(gt=0)]
+    batch_size: Annotated[int, Field(gt=0)] | None = None
     epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    evaluate_steps: Annotated[int, Field(gt=0)] | None = None
+    patience: Annotated[int, Field(gt=0)] | None = None
+    tolerance: Annotated[float, Field(ge=0, lt=1)] = 1e-3
     checkpoint_minutes: Annotated[float, Field(gt=0)] = 10.0
     checkpoint_steps: Annotated[int, Field(gt=0)] | None = None
 
@@ -89,10 +99,27 @@ class FitConfig:
         """Rules that join fields. Raises ValueError that begins with the dotted key."""
         if self.data.validation + self.data.test >= 1:
             raise ValueError("data: validation + test leave nothing for training")
+        if "all rows" in self.solver.needs and self.fit.batch_size is not None:
+            raise ValueError(
+                f"fit.batch_size: {self.solver.name} takes all rows in every step; leave it out"
+            )
         try:
             self.solver.check()
         except ValueError as error:
             raise ValueError(f"solver.{error}") from None
+
+
+_GRADIENT = "solver.variant needs the loss gradient at each row"
+
+
+def check_store(config: FitConfig, store: Store, where: str) -> None:
+    """Whether a store holds what the config asks for."""
+    store.width(config.data.hook)
+    if "gradient" in config.solver.needs and not store.manifest.gradients:
+        raise UserError(
+            f"{where}:\n  {_GRADIENT}, but the store {store.path} was harvested without gradients. "
+            "Harvest it again with gradients = true, into another place"
+        )
 
 
 def recipe_of(config: FitConfig, where: str) -> HarvestConfig | None:
@@ -111,6 +138,8 @@ def recipe_of(config: FitConfig, where: str) -> HarvestConfig | None:
             f"{where}:\n  data.hook: {config.data.hook!r} is not among harvest.hooks "
             f"({', '.join(recipe.hooks)})"
         )
+    if "gradient" in config.solver.needs and not recipe.gradients:
+        raise UserError(f"{where}:\n  harvest.gradients: {_GRADIENT}; set gradients = true")
     return recipe
 
 

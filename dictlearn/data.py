@@ -74,11 +74,14 @@ class Rows:
             first += len(rows)
         return dataclasses.replace(self, left_out=left_out)
 
-    def by_shard(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def by_shard(
+        self, *, gradients: bool = False
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
         """All rows in the store's order, a part of a shard at a time.
 
         Yields:
-          x [n d] float32 and the place of each row's document in `documents` [n].
+          x [n d] float32, the place of each row's document in `documents` [n], and its gradient
+          [n d] where that was asked for.
         """
         for shard in self.store.manifest.shards:
             document = self.store.read(shard, "document")
@@ -87,10 +90,16 @@ class Rows:
                 continue
             place = np.searchsorted(self.documents, document)
             start = 0
-            for x in self.store.rows(shard, f"activations/{self.hook}"):
+            parts = self.store.rows(shard, f"activations/{self.hook}")
+            along = itertools.repeat(None)
+            if gradients:
+                along = self.store.rows(shard, f"gradients/{self.hook}")
+            for x, gradient in zip(parts, along, strict=False):
                 here = slice(start, start + len(x))
                 kept = chosen[here]
-                yield x[kept].astype(np.float32, copy=False), place[here][kept]
+                if gradient is not None:
+                    gradient = gradient[kept].astype(np.float32, copy=False)
+                yield x[kept].astype(np.float32, copy=False), place[here][kept], gradient
                 start += len(x)
 
     def batches(
@@ -99,12 +108,21 @@ class Rows:
         """An endless stream of shuffled batches, every row once an epoch; see `Batches`."""
         return Batches(self, size, seed=seed, gradients=gradients, state=state)
 
+    def whole(self) -> np.ndarray:
+        """All rows in the store's order [n d]."""
+        x = np.empty((len(self), self.store.width(self.hook)), np.float32)
+        first = 0
+        for part, _, _ in self.by_shard():
+            x[first : first + len(part)] = part
+            first += len(part)
+        return x
+
     def sample(self, count: int, *, seed: int) -> np.ndarray:
         """`count` distinct random rows, each as likely (all, where there are fewer) [count d]."""
         n = len(self)
         chosen = np.random.default_rng(seed).choice(n, min(count, n), replace=False)
         parts, first = [], 0
-        for x, _ in self.by_shard():
+        for x, _, _ in self.by_shard():
             parts.append(x[chosen[(chosen >= first) & (chosen < first + len(x))] - first])
             first += len(x)
         return np.concatenate(parts)
@@ -299,23 +317,28 @@ def split_by_document(
 
 
 def statistics(
-    rows: Rows, *, keep_carriers: bool = False, leave_out_massive: bool = False
+    rows: Rows,
+    *,
+    keep_carriers: bool = False,
+    leave_out_massive: bool = False,
+    centre: bool = True,
 ) -> tuple[Rows, Normaliser, Bulk]:
     """The rows to fit, their mean and scale, and what the bulk of the training rows leaves out.
 
     In float64. The scale is the root mean square of the centred rows' entries, carriers that are
-    kept apart, so that x' has on average one unit of variance a dimension. What is a carrier or a
-    massive row is judged on all training rows.
+    kept apart, so that x' has on average one unit of variance a dimension. Without `centre` the
+    mean counts as 0. What is a carrier or a massive row is judged on all training rows.
     """
-    moments = Moments.over(x for x, _ in rows.by_shard())
+    moments = Moments.over(x for x, *_ in rows.by_shard())
     bulk = Bulk(carriers=moments.carriers, norm_limit=moments.norm_limit)
     if leave_out_massive:
         rows = rows.without_massive(np.concatenate(moments.norms), bulk.norm_limit)
         if rows.left_out:
-            moments = Moments.over(x for x, _ in rows.by_shard())
+            moments = Moments.over(x for x, *_ in rows.by_shard())
     carriers = np.flatnonzero(bulk.carriers & keep_carriers).astype(np.int32)
-    scale = float(np.sqrt(np.delete(moments.variance, carriers).mean()))
+    square = moments.variance if centre else moments.variance + moments.mean**2
+    scale = float(np.sqrt(np.delete(square, carriers).mean()))
     if not scale > 0:
         raise UserError(f"{rows.store.path}: the training rows of {rows.hook} are all the same")
-    mean = jnp.asarray(moments.mean, jnp.float32)
+    mean = jnp.asarray(moments.mean * centre, jnp.float32)
     return rows, Normaliser(mean, jnp.asarray(scale, jnp.float32), jnp.asarray(carriers)), bulk

@@ -23,7 +23,7 @@ from activations.store import Store
 from activations.terminal import UserError, run_command
 from activations.verify import verify as verify_store
 from dictlearn import artifact, devices, heldout, report
-from dictlearn.config import FitConfig, recipe_of, resolved
+from dictlearn.config import FitConfig, check_store, recipe_of, resolved
 from dictlearn.data import Rows, split_by_document, statistics
 from dictlearn.dictionary import Coder
 from dictlearn.loop import Job, begin, train
@@ -96,7 +96,7 @@ def _prepare(config: FitConfig, where: str, *, verify: bool) -> Job:
     if verify and devices.leads():
         verify_store(config.data.store)
     store = Store(config.data.store)
-    store.width(config.data.hook)
+    check_store(config, store, where)
     parts = split_by_document(
         store,
         config.data.hook,
@@ -109,8 +109,15 @@ def _prepare(config: FitConfig, where: str, *, verify: bool) -> Job:
         parts["train"],
         keep_carriers=config.data.keep_carriers,
         leave_out_massive=config.data.leave_out_massive,
+        centre=config.data.centre,
     )
-    size = config.fit.batch_size
+    most = getattr(config.solver, "max_rows", None)
+    if most is not None and len(fitted) > most:
+        raise UserError(
+            f"{where}:\n  solver.max_rows: {config.solver.name} holds all training rows at once, "
+            f"at most {most:,}, and the store has {len(fitted):,}. Raise it, or harvest less"
+        )
+    size = config.fit.batch_size or len(fitted)
     if size > len(fitted):
         raise UserError(
             f"{where}:\n  fit.batch_size: {size:,} is more than the {len(fitted):,} training rows"
@@ -124,7 +131,8 @@ def _prepare(config: FitConfig, where: str, *, verify: bool) -> Job:
         raise UserError(
             f"{where}:\n  fit.epochs: {config.fit.epochs} is more steps than can be counted"
         )
-    return Job(config, resolved(config, recipe), store, parts, fitted, normaliser, bulk)
+    table = resolved(config, recipe)
+    return Job(config, table, store, parts, fitted, normaliser, bulk, size)
 
 
 def _finish(job: Job, run: Path, trained: tuple[Coder, int, float]) -> None:
@@ -144,12 +152,17 @@ def _measure(config: FitConfig, coder: Coder, parts: dict[str, Rows], bulk: Bulk
         n_atoms=config.solver.n_atoms,
         seed=config.seed,
     )
-    return heldout.figures(
+    figures = heldout.figures(
         coder,
         heldout.evaluate(coder, parts["test"], bulk),
         heldout.evaluate(untrained, parts["test"], bulk),
         seed=config.seed,
     )
+    if "gradient" in config.solver.needs:
+        # The other mode of inference: it knows the next token, and is no rival of the others.
+        seen = heldout.evaluate(coder, parts["test"], bulk, gradients=True)
+        figures["with_gradient"] = {"fvu": seen.fvu, "fvu_bulk": seen.fvu_bulk, "l0": seen.l0}
+    return figures
 
 
 def _make_store(recipe: HarvestConfig) -> None:

@@ -46,18 +46,22 @@ class HeldOut:
         return float(self.bulk.fvu()[0])
 
 
-def evaluate(coder: Coder, rows: Rows, bulk: metrics.Bulk) -> HeldOut:
-    """Code rows and compare them with their reconstructions."""
+def evaluate(coder: Coder, rows: Rows, bulk: metrics.Bulk, *, gradients: bool = False) -> HeldOut:
+    """Code rows, with their gradients or without, and compare them with their reconstructions."""
     raw = kept = None
     n = nonzeros = cosines = 0
     errors = []
     mean = np.asarray(coder.normaliser.mean, np.float64)
     used = np.zeros(len(coder.dictionary.atoms), bool)
     prepared = coder.prepare()
-    for shard_x, shard_document in rows.by_shard():
+    for shard_x, shard_document, shard_gradient in rows.by_shard(gradients=gradients):
         for first in range(0, len(shard_x), _BLOCK):
             x, document = (a[first : first + _BLOCK] for a in (shard_x, shard_document))
-            codes = prepared.encode(np.pad(x, ((0, _BLOCK - len(x)), (0, 0))))
+            filled = ((0, _BLOCK - len(x)), (0, 0))
+            gradient = None
+            if shard_gradient is not None:
+                gradient = np.pad(shard_gradient[first : first + _BLOCK], filled)
+            codes = prepared.encode(np.pad(x, filled), gradient=gradient)
             x_hat = np.asarray(coder.decode(codes))[: len(x)]
             values, indices = (np.asarray(a)[: len(x)] for a in (codes.values, codes.indices))
             features = indices[values != 0]

@@ -19,13 +19,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from activations.store import Store
 from activations.terminal import UserError, progress
 from dictlearn import artifact, devices, heldout
 from dictlearn import checkpoint as checkpoints
 from dictlearn.config import FitConfig
-from dictlearn.data import Rows, State
+from dictlearn.data import Batches, Rows, State
 from dictlearn.dictionary import Coder, Dictionary, Normaliser
 from dictlearn.encoders.base import AbstractEncoder
 from dictlearn.metrics import Bulk
@@ -47,14 +48,16 @@ class Job:
     train: Rows
     normaliser: Normaliser
     bulk: Bulk
+    batch_size: int
 
     @property
     def identity(self) -> dict[str, Any]:
         """What decides the result to the bit, and so whether a checkpoint belongs here."""
         keys = ("seed", "start", "solver")
         data = {key: value for key, value in self.table["data"].items() if key != "store"}
-        loop = {key: self.table["fit"][key] for key in ("batch_size", "epochs")}
+        loop = {k: v for k, v in self.table["fit"].items() if not k.startswith("checkpoint")}
         store = self.store.manifest.sha256()
+        loop["batch_size"] = self.batch_size
         return {**{k: self.table.get(k) for k in keys}, "data": data, "fit": loop, "store": store}
 
 
@@ -68,6 +71,8 @@ class Mark:
     best: tuple[Dictionary, AbstractEncoder]
     best_step: int
     best_score: float
+    goal: float  # the score that has to be beaten for the fit to go on
+    stale: int  # evaluations in a row that did not
     log_bytes: int
     seconds: float
 
@@ -78,7 +83,8 @@ class Mark:
           UserError: the state holds NaN: the checkpoint before it is kept.
         """
         _check_finite(self.state, self.step)
-        names = ("step", "rows", "best_step", "best_score", "log_bytes", "seconds")
+        names = ("step", "rows", "best_step", "best_score", "goal", "stale")
+        names += ("log_bytes", "seconds")
         header = {name: getattr(self, name) for name in names}
         checkpoints.save(file, (self.state, self.best), of=of, header=header)
 
@@ -100,7 +106,7 @@ def train(
       run: where log and checkpoints go; None for a process that only helps.
       checkpoint: where to go on from instead; `mark` tells its shape.
     """
-    config, size = job.config, job.config.fit.batch_size
+    config, size = job.config, job.batch_size
     mesh, count = devices.mesh(), n_steps(job.config.fit.epochs * len(job.train), size)
     solver = cast(AbstractSolver[Any], config.solver)
     _, step_key = jax.random.split(jax.random.key(config.seed))
@@ -108,7 +114,8 @@ def train(
         mark = Mark.load(checkpoint, mark, job.identity)
     normaliser = devices.everywhere(job.normaliser, mesh)
     state = devices.everywhere(mark.state, mesh)
-    batches = job.train.batches(size, seed=config.seed, state=mark.rows)
+    batches = _batches(job, mark)
+    every = config.fit.evaluate_steps or n_steps(len(job.train), size)
     saved = started = time.monotonic()
     before, saved_step = mark.seconds, mark.step
     with contextlib.ExitStack() as stack:
@@ -119,22 +126,24 @@ def train(
                 total=count,
                 initial=mark.step,
                 unit="step",
-                desc=f"fit {config.solver.name}",
+                desc=f"fit {config.name}",
                 disable=run is None,
             )
         )
         try:
             for step in range(mark.step + 1, count + 1):
+                if mark.stale == config.fit.patience:
+                    break
                 begun = time.monotonic()
-                x = normaliser.normalise(devices.spread(next(batches), mesh))
-                state, info = solver.step(state, Batch(x), key=jax.random.fold_in(step_key, step))
+                batch = _normalised(normaliser, next(batches), mesh)
+                state, info = solver.step(state, batch, key=jax.random.fold_in(step_key, step))
                 state = devices.everywhere(state, mesh)
                 line = {name: value.item() for name, value in vars(info).items()}
                 line = {"step": step, **line, "seconds": time.monotonic() - begun}
                 if not math.isfinite(line["objective"]):
                     raise UserError(_not_finite(job, step, line["objective"], saved_step))
-                best = mark.best, mark.best_step, mark.best_score
-                if step % n_steps(len(job.train), size) == 0 or step == count:
+                best = mark.best, mark.best_step, mark.best_score, mark.goal, mark.stale
+                if step % every == 0 or step == count:
                     _check_finite(state, step)
                     result = devices.here(solver.result(state), mesh)
                     coder = Coder(job.normaliser, *result)
@@ -142,8 +151,7 @@ def train(
                     line |= {"validation_fvu": seen.fvu, "validation_fvu_bulk": seen.fvu_bulk}
                     # Where everything is a carrier (very few dimensions), there is no bulk.
                     score = seen.fvu_bulk if math.isfinite(seen.fvu_bulk) else seen.fvu
-                    if mark.best_step == 0 or score < mark.best_score:
-                        best = result, step, score
+                    best = _better(mark, result, step, score, config.fit.tolerance)
                     bar.set_postfix_str(f"validation fvu_bulk {seen.fvu_bulk:.4f}", refresh=False)
                 finite = {key: v if math.isfinite(v) else None for key, v in line.items()}
                 log.write((json.dumps(finite) + "\n").encode())
@@ -152,6 +160,7 @@ def train(
                 bar.update()
                 due = time.monotonic() - saved >= 60 * config.fit.checkpoint_minutes
                 due |= step - saved_step == config.fit.checkpoint_steps
+                due |= mark.stale == config.fit.patience
                 # At the end too: what comes now, the test and the files, may still be stopped.
                 if run is not None and (due or step == count):
                     os.fsync(log.fileno())
@@ -173,8 +182,11 @@ def begin(job: Job, where: str) -> Mark:
     config = job.config
     solver = cast(AbstractSolver[Any], config.solver)
     key, _ = jax.random.split(jax.random.key(config.seed))
-    count = n_steps(config.fit.epochs * len(job.train), config.fit.batch_size)
-    sample = job.train.sample(max(_INIT_ROWS, solver.n_atoms), seed=config.seed)
+    count = n_steps(config.fit.epochs * len(job.train), job.batch_size)
+    if "all rows" in solver.needs:
+        sample = job.train.whole()
+    else:
+        sample = job.train.sample(max(_INIT_ROWS, solver.n_atoms), seed=config.seed)
     start = _start(job, where) if config.start is not None else None
     try:
         state = solver.init(
@@ -182,7 +194,51 @@ def begin(job: Job, where: str) -> Mark:
         )
     except ValueError as error:
         raise UserError(f"{where}:\n  solver.{error}") from None
-    return Mark(0, state, {"rows": 0}, solver.result(state), 0, 0.0, 0, 0.0)
+    return Mark(0, state, {"rows": 0}, solver.result(state), 0, 0.0, 0.0, 0, 0, 0.0)
+
+
+class _SameRows:
+    """All rows in every batch, in one order: for solvers whose state belongs to them."""
+
+    def __init__(self, rows: Rows, state: State) -> None:
+        self._x, self.state = rows.whole(), state
+
+    def __next__(self) -> np.ndarray:
+        self.state = {"rows": self.state["rows"] + len(self._x)}
+        return self._x
+
+    def close(self) -> None:
+        """Give the memory back."""
+        del self._x
+
+
+def _batches(job: Job, mark: Mark) -> Batches | _SameRows:
+    """What the solver needs, from where the mark stands."""
+    needs = job.config.solver.needs
+    if "all rows" in needs:
+        return _SameRows(job.train, mark.rows)
+    return job.train.batches(
+        job.batch_size, seed=job.config.seed, gradients="gradient" in needs, state=mark.rows
+    )
+
+
+def _normalised(normaliser: Normaliser, rows: Any, mesh: Mesh | None) -> Batch:
+    """A batch in the solver's units; `rows` may hold the gradients too."""
+    if not isinstance(rows, tuple):
+        return Batch(normaliser.normalise(devices.spread(rows, mesh)))
+    x, gradient = (devices.spread(part, mesh) for part in rows)
+    return Batch(normaliser.normalise(x), normaliser.scale * gradient)
+
+
+def _better(mark: Mark, result: Any, step: int, score: float, tolerance: float) -> tuple[Any, ...]:
+    """The fields of the next mark that an evaluation decides."""
+    first = mark.best_step == 0
+    best = mark.best, mark.best_step, mark.best_score
+    if first or score < mark.best_score:
+        best = result, step, score
+    if first or score < (1 - tolerance) * mark.goal:
+        return *best, score, 0
+    return *best, mark.goal, mark.stale + 1
 
 
 def _start(job: Job, where: str) -> Dictionary:
@@ -207,7 +263,7 @@ def _check_finite(state: Any, step: int) -> None:
 
 
 def _not_finite(job: Job, step: int, objective: float, saved_step: int) -> str:
-    size = job.config.fit.batch_size
+    size = job.batch_size
     first = (step - 1) * size
     last = (
         f"the last good checkpoint is of step {saved_step}" if saved_step else "no checkpoint yet"

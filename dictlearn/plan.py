@@ -29,25 +29,26 @@ def plan(config: FitConfig, where: str, *, overwrite: bool) -> dict[str, str]:
             missing = recipe.max_tokens, models.width(recipe.model)
     if recipe is not None and missing is not None:
         lines["harvest"] = f"from {recipe.model}"
-        (rows, width), about, size = missing, "at most about ", None
+        (rows, width), about, total = missing, "at most about ", None
         if rows is not None and width is not None:
             datasets = len(recipe.hooks) * (2 if recipe.gradients else 1)
             item = DTYPES[recipe.dtype].itemsize
-            size = rows * (item * width * datasets + 24)  # rows, columns, sequences
+            total = rows * (item * width * datasets + 24)  # rows, columns, sequences
     else:
         store = Store(config.data.store)
         rows, width = len(store), store.width(config.data.hook)
-        about, size = "", sum(shard.bytes for shard in store.manifest.shards)
+        about, total = "", sum(shard.bytes for shard in store.manifest.shards)
     lines["tokens"] = f"{about}{rows:,}" if rows is not None else unknown
-    lines["bytes on disk"] = f"{about}{size:,}" if size is not None else unknown
+    lines["bytes on disk"] = f"{about}{total:,}" if total is not None else unknown
     lines["steps"] = lines["memory"] = unknown
     if rows is not None:
         train = (1 - config.data.validation - config.data.test) * rows
-        count = n_steps(config.fit.epochs * train, config.fit.batch_size)
-        lines["steps"] = f"about {count:,} of {config.fit.batch_size:,} rows"
+        size = config.fit.batch_size or math.ceil(train)
+        count = n_steps(config.fit.epochs * train, size)
+        lines["steps"] = f"about {count:,} of {size:,} rows"
         if width is not None:
             held = min(4 * width * train, config.data.memory_mib * 2**20)
-            need = held + config.solver.memory_bytes(config.fit.batch_size, width)
+            need = held + config.solver.memory_bytes(size, width)
             lines["memory"] = f"about {need / 2**30:.1f} GiB for rows and solver"
     lines["run"] = str(config.output or f"runs/{config.name}-NNN")
     return lines

@@ -6,16 +6,17 @@ from typing import Annotated
 
 from pydantic import Field
 
-from dictlearn.encoders.linear import Linear, TopK
+from dictlearn.encoders import activations
+from dictlearn.encoders.linear import Linear, Tied
 from dictlearn.encoders.matryoshka_omp import MatryoshkaOMP
 from dictlearn.encoders.mp import MP
 from dictlearn.encoders.nn_omp import NonNegativeOMP
 from dictlearn.encoders.omp import OMP
 from dictlearn.solvers.ksvd import KSVD
-from dictlearn.solvers.sae import TopKSAE
+from dictlearn.solvers.sae import SAE
 from dictlearn.solvers.untrained import Untrained
 
-Solver = Annotated[KSVD | TopKSAE | Untrained, Field(discriminator="name")]
+Solver = Annotated[KSVD | SAE | Untrained, Field(discriminator="name")]
 
 # Everything that an artifact can hold, by the `name` it is saved under.
 ENCODERS = {
@@ -24,5 +25,10 @@ ENCODERS = {
     "mp": MP,
     "matryoshka_omp": MatryoshkaOMP,
     "linear": Linear,
-    "topk": TopK,
+    "tied": Tied,
+    "topk": activations.TopK,
+    "abs_topk": activations.AbsTopK,
+    "relu": activations.ReLU,
+    "jumprelu": activations.JumpReLU,
+    "gradient_topk": activations.GradientTopK,
 }

@@ -63,9 +63,22 @@ def show(path: Path) -> None:
 def describe(metadata: dict[str, Any]) -> str:
     """E.g. "ksvd, 2,048 atoms, at most 32 a token"."""
     solver = metadata["solver"]
-    k = _sparsity(metadata)
-    most = f"at most {k} a token" if k else "as many a token as the tolerance takes"
-    return f"{solver['name']}, {solver['n_atoms']:,} atoms, {most}"
+    _, k = _sparsity(solver)
+    most = "at most" if solver.get("variant", {}).get("name") not in _ON_AVERAGE else "about"
+    free = "the tolerance takes" if "encoder" in solver else "lower the error"
+    text = f"{most} {k} a token" if k else f"as many a token as {free}"
+    return f"{label(solver)}, {solver['n_atoms']:,} atoms, {text}"
+
+
+# SAE variants whose k is a mean over rows.
+_ON_AVERAGE = ("batch_topk", "relu", "jumprelu")
+
+
+def label(solver: dict[str, Any]) -> str:
+    """What tells one solver from another, e.g. "ksvd", "topk sae", "matryoshka batch_topk sae"."""
+    words = ["matryoshka"] if solver.get("matryoshka") else []
+    words += [solver["variant"]["name"]] if "variant" in solver else []
+    return " ".join([*words, solver["name"]])
 
 
 def _control(metadata: dict[str, Any]) -> str:
@@ -73,12 +86,15 @@ def _control(metadata: dict[str, Any]) -> str:
     encoder = metadata["encoder"]["name"]
     if encoder not in ("omp", "linear"):
         return encoder
-    return f"OMP with the same {'k' if _sparsity(metadata) else 'tolerance'}"
+    return f"OMP with the same {'k' if _sparsity(metadata['solver'])[1] else 'tolerance'}"
 
 
-def _sparsity(metadata: dict[str, Any]) -> int | None:
-    solver = metadata["solver"]
-    return solver["k"] if "k" in solver else solver["encoder"]["k"]
+def _sparsity(solver: dict[str, Any]) -> tuple[str | None, int | None]:
+    """Where k stands in the solver's table, and what it is."""
+    for part in ("encoder", "variant"):
+        if part in solver:
+            return f"solver.{part}.k", solver[part].get("k")
+    return None, None
 
 
 def _table(
@@ -87,11 +103,11 @@ def _table(
     sibling: tuple[Path, dict[str, Any], dict[str, Any]] | None,
 ) -> Table:
     systems = [
-        (metadata["solver"]["name"], metrics, ""),
+        (label(metadata["solver"]), metrics, ""),
         ("control", metrics, "control_"),
     ]
     if sibling is not None:
-        systems.append((f"{sibling[1]['solver']['name']} ({sibling[0].name})", sibling[2], ""))
+        systems.append((f"{label(sibling[1]['solver'])} ({sibling[0].name})", sibling[2], ""))
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     for title in ("", *(name for name, _, _ in systems)):
         table.add_column(title)
@@ -131,7 +147,7 @@ def _sibling(
 
     def place(of: dict[str, Any]) -> tuple[Any, ...]:
         store, solver = of["store"]["manifest_sha256"], of["solver"]
-        return store, of["hook"], of["split"], solver["n_atoms"], _sparsity(of)
+        return store, of["hook"], of["split"], solver["n_atoms"], _sparsity(solver)[1]
 
     finished = path.parent.glob(f"[!.]*/{artifact.METADATA}")
     for file in sorted(finished, key=lambda file: file.stat().st_mtime, reverse=True):
@@ -140,7 +156,7 @@ def _sibling(
             same = place(other) == place(metadata)
         except (artifact.ArtifactError, KeyError):
             continue
-        if same and other["solver"]["name"] != metadata["solver"]["name"]:
+        if same and label(other["solver"]) != label(metadata["solver"]):
             return file.parent, other, metrics
     return None
 
@@ -150,9 +166,9 @@ def _next(
     metadata: dict[str, Any],
     sibling: tuple[Path, dict[str, Any], dict[str, Any]] | None,
 ) -> list[str]:
-    key = "solver.k" if "k" in metadata["solver"] else "solver.encoder.k"
-    half = max(1, (_sparsity(metadata) or 64) // 2)
-    lines = [f"python -m dictlearn.fit {path / 'config.toml'} --set {key}={half}"]
+    key, k = _sparsity(metadata["solver"])
+    half = f" --set {key}={max(1, (k or 64) // 2)}" if key else " --set seed=1"
+    lines = [f"python -m dictlearn.fit {path / 'config.toml'}{half}"]
     if sibling is None and metadata["name"] == "quickstart":
         lines.insert(0, "python -m dictlearn.fit experiments/quickstart-sae.toml")
     lines.append(f'dictlearn.load("{path}"), see "Look at features" in README.md')

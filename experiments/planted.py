@@ -62,7 +62,7 @@ SOLVERS: dict[str, dict[str, Any]] = {
         "fit": _LONG,
     },
     "topk_sae": {
-        "solver": {"name": "topk_sae", "learning_rate": 3e-3},
+        "solver": {"name": "sae", "variant": {"name": "topk"}, "learning_rate": 3e-3},
         "fit": {"batch_size": 1024, "epochs": 25},
     },
     "data_rows": {
@@ -110,7 +110,8 @@ class Job:
             return line
         tables = copy.deepcopy(SOLVERS[self.system])
         tables["solver"].setdefault("n_atoms", self.planted.n_features)
-        tables["solver"].get("encoder", tables["solver"]).setdefault("k", k)
+        for part in ("encoder", "variant"):
+            tables["solver"].get(part, {}).setdefault("k", k)
         loop: dict[str, Any] = tables["fit"]
         shorter = SHORTER.get(self.size.removesuffix("-rough")) or loop
         epochs = min(shorter["epochs"], loop["epochs"])

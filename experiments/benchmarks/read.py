@@ -28,7 +28,8 @@ import numpy as np
 from activations.store import Store
 from dictlearn.data import Rows
 from dictlearn.solvers.base import Batch
-from dictlearn.solvers.sae import TopKSAE
+from dictlearn.solvers.sae import SAE
+from dictlearn.solvers.sae_variants import TopK
 from experiments.benchmarks.common import HOOK, evict, noise_store, paired, plain_read, report
 
 WIDTH, BATCH, ATOMS, K = 640, 2048, 5120, 32
@@ -93,7 +94,7 @@ def main() -> None:
 
 def steps(path: Path, memory: int, rounds: int, n_steps: int) -> None:
     """Print the line of the SAE's steps."""
-    solver = TopKSAE(n_atoms=ATOMS, k=K, learning_rate=1e-3)
+    solver = SAE(n_atoms=ATOMS, variant=TopK(K), learning_rate=1e-3)
     rows = all_rows(path, memory)
     key = jax.random.key(0)
     with contextlib.closing(rows.batches(BATCH, seed=0)) as batches:

@@ -19,14 +19,15 @@ import safetensors.numpy
 import dictlearn
 from dictlearn import artifact
 from dictlearn.dictionary import Coder, Dictionary, Normaliser
+from dictlearn.encoders.activations import TopK
 from dictlearn.encoders.base import AbstractEncoder
-from dictlearn.encoders.linear import Linear, TopK
+from dictlearn.encoders.linear import Linear
 from dictlearn.encoders.omp import OMP
 
 M, D, K = 6, 4, 2
 METADATA = {
     "name": "mine",
-    "solver": {"name": "topk_sae", "n_atoms": M, "k": K},
+    "solver": {"name": "sae", "n_atoms": M, "variant": {"name": "topk", "k": K}},
     "hook": "blocks.0.hook_resid_post",
     "model": {"description": "a model", "spec": "hf:a/model"},
     "store": {"path": "stores/mine", "manifest_sha256": "0" * 64},

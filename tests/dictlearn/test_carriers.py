@@ -122,7 +122,7 @@ def test_massive_rows_are_left_out_of_everything_but_the_bulk(rows: Rows) -> Non
     fitted, normaliser, bulk = statistics(rows, leave_out_massive=True)
     usual = np.delete(x, MASSIVE, axis=0)
     assert len(fitted) == len(usual) == N - 4
-    np.testing.assert_array_equal(np.concatenate([part for part, _ in fitted.by_shard()]), usual)
+    np.testing.assert_array_equal(np.concatenate([part for part, *_ in fitted.by_shard()]), usual)
     np.testing.assert_allclose(normaliser.mean, usual.mean(axis=0), rtol=1e-5, atol=1e-6)
     assert normaliser.scale == pytest.approx(np.sqrt(usual.var(axis=0).mean()), rel=1e-5)
     assert eqx.tree_equal(np.asarray(bulk.norm_limit), np.asarray(statistics(rows)[2].norm_limit))
@@ -193,12 +193,12 @@ def test_median_error_is_of_the_median_row(rows: Rows) -> None:
     assert len(seen.errors) == N
 
 
-@pytest.mark.parametrize("solver", ["ksvd", "topk_sae", "untrained"])
+@pytest.mark.parametrize("solver", ["ksvd", "sae", "untrained"])
 def test_a_fit_begins_with_the_atoms_of_another(store: Store, tmp_path: Path, solver: str) -> None:
     first = dictlearn.load(fit(config(store, tmp_path / "first")))
     tables = {
         "ksvd": {"encoder": {"name": "omp", "k": 3}},
-        "topk_sae": {"k": 3, "learning_rate": 1e-9},
+        "sae": {"variant": {"name": "topk", "k": 3}, "learning_rate": 1e-9},
         "untrained": {"encoder": {"name": "omp", "k": 3}, "atoms": "random"},
     }
     table = {"name": solver, "n_atoms": 30, **tables[solver]}

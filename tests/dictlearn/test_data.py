@@ -144,7 +144,8 @@ def test_rows_are_those_of_their_documents(make_store: MakeStore) -> None:
     parts = split_by_document(make_store(*parts_of), HOOK, validation=0.2, test=0.2, seed=1)
     for rows in parts.values():
         mine = np.isin(document, rows.documents)
-        found, places = (np.concatenate(column) for column in zip(*rows.by_shard(), strict=True))
+        parts = [(x, place) for x, place, _ in rows.by_shard()]
+        found, places = (np.concatenate(column) for column in zip(*parts, strict=True))
         np.testing.assert_array_equal(found, x[mine])
         np.testing.assert_array_equal(rows.documents[places], document[mine])
 
@@ -643,7 +644,7 @@ def test_spread_does_not_drown_in_a_great_mean(make_store: MakeStore) -> None:
 def test_normalised_rows_have_mean_0_and_unit_variance_a_dimension(make_store: MakeStore) -> None:
     rows = all_rows(make_store(*shards([40, 30, 50], 12)))
     _, normaliser, _ = statistics(rows)
-    x = jnp.concatenate([x for x, _ in rows.by_shard()])
+    x = jnp.concatenate([x for x, *_ in rows.by_shard()])
     y = np.asarray(normaliser.normalise(x))
     np.testing.assert_allclose(y.mean(axis=0), 0, atol=1e-5)
     assert y.var(axis=0).mean() == pytest.approx(1, rel=1e-4)

@@ -32,7 +32,8 @@ from dictlearn.encoders.nn_omp import NonNegativeOMP
 from dictlearn.encoders.omp import OMP
 from dictlearn.solvers.base import Batch
 from dictlearn.solvers.ksvd import KSVD
-from dictlearn.solvers.sae import TopKSAE
+from dictlearn.solvers.sae import SAE
+from dictlearn.solvers import sae_variants as variants
 from dictlearn.solvers.untrained import Untrained
 
 rng = np.random.default_rng(0)
@@ -46,11 +47,18 @@ for name, solver in {
     "nn_omp": KSVD(24, NonNegativeOMP(k=3)),
     "mp": KSVD(24, MP(k=3, refit=True)),
     "matryoshka_omp": KSVD(24, MatryoshkaOMP(k=3, smallest=8)),
-    "topk_sae": TopKSAE(24, 3, aux_k=4, dead_after=100),
+    "topk": SAE(24, variants.TopK(3), aux_k=4, dead_after=100),
+    "abs_topk": SAE(24, variants.AbsTopK(3), matryoshka=8, bias="geometric_median"),
+    "batch_topk": SAE(24, variants.BatchTopK(3)),
+    "relu": SAE(24, variants.ReLU(3)),
+    "jumprelu": SAE(24, variants.JumpReLU(3)),
+    "gradient_topk": SAE(24, variants.GradientTopK(3)),
     "untrained": Untrained(24, OMP(k=3), "gaussian"),
 }.items():
     state = devices.everywhere(solver.init(jnp.asarray(x), n_steps=5, key=key), mesh)
     batch = Batch(devices.spread(x, mesh))
+    if solver.needs:
+        batch = Batch(batch.x, -batch.x)
     assert len(batch.x.sharding.device_set) == int(sys.argv[2])
     after, info = solver.step(state, batch, key=key)
     for path, leaf in jax.tree_util.tree_flatten_with_path((after, info))[0]:
@@ -108,7 +116,12 @@ def config(store: Store, name: str, folder: Path, solver: str = "ksvd") -> list[
         "data": {"store": str(store.path), "hook": HOOK},
         "solver": {
             "ksvd": {"name": "ksvd", "n_atoms": 24, "encoder": {"name": "omp", "k": 3}},
-            "topk_sae": {"name": "topk_sae", "n_atoms": 24, "k": 3, "learning_rate": 1e-2},
+            "sae": {
+                "name": "sae",
+                "n_atoms": 24,
+                "variant": {"name": "batch_topk", "k": 3},
+                "learning_rate": 1e-2,
+            },
         }[solver],
         "fit": {"batch_size": 160, "epochs": 4},
     }
@@ -125,7 +138,7 @@ def run(command: list[str], **environment: str) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
-@pytest.mark.parametrize("solver", ["ksvd", "topk_sae"])
+@pytest.mark.parametrize("solver", ["ksvd", "sae"])
 def test_a_fit_on_eight_devices(store: Store, tmp_path: Path, solver: str) -> None:
     """As good as on one; and with the same bytes when it is done again."""
     for name, environment in (("one", {}), ("eight", EIGHT), ("again", EIGHT)):

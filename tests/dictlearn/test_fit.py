@@ -81,7 +81,7 @@ def config_table(store: Path, **changes: object) -> dict:
     return {**table, **changes}
 
 
-SAE = {"name": "topk_sae", "n_atoms": 16, "k": 2}
+SAE = {"name": "sae", "n_atoms": 16, "variant": {"name": "topk", "k": 2}}
 
 
 def typed(table: dict) -> FitConfig:
@@ -136,7 +136,7 @@ def quick(here, store):
     return path
 
 
-@pytest.mark.parametrize("solver", [None, SAE], ids=["ksvd", "topk_sae"])
+@pytest.mark.parametrize("solver", [None, SAE], ids=["ksvd", "sae"])
 def test_a_run_holds_what_the_design_says(here, store, solver):
     table = config_table(store, **({"solver": solver} if solver else {}))
     run = fit.fit(typed(table))
@@ -174,7 +174,7 @@ def test_ksvd_beats_the_control_on_planted_data(here, store):
     assert figures["fvu_bulk"] < 0.85 * figures["control_fvu_bulk"]
 
 
-@pytest.mark.parametrize("solver", [None, SAE], ids=["ksvd", "topk_sae"])
+@pytest.mark.parametrize("solver", [None, SAE], ids=["ksvd", "sae"])
 def test_one_seed_one_dictionary(here, store, solver):
     table = config_table(store, **({"solver": solver} if solver else {}))
     first, second = fit.fit(typed(table)), fit.fit(typed(table))
@@ -222,7 +222,7 @@ def test_summary_names_weights_control_and_sibling(here, store, quick):
     fit.fit(typed(config_table(store, solver=SAE)))
     result = command(quick, cwd=here)
     assert result.returncode == 0, result.stderr
-    for words in ("a made model", "control: untrained rows", "topk_sae (small-001)", "fvu_bulk"):
+    for words in ("a made model", "control: untrained rows", "topk sae (small-001)", "fvu_bulk"):
         assert words in result.stdout
 
 
@@ -466,7 +466,7 @@ def test_a_run_can_be_fitted_again_from_its_own_config(here, quick):
 def test_without_a_bulk_the_figures_are_null(here, tmp_path):
     """Every one of 4 dimensions holds over 10 % of the variance: fvu_bulk is not defined."""
     made = make_store(tmp_path / "narrow", width=4)
-    table = config_table(made, solver={"name": "topk_sae", "n_atoms": 8, "k": 2})
+    table = config_table(made, solver={**SAE, "n_atoms": 8})
     run = fit.fit(typed(table))
     figures = json.loads((run / "metrics.json").read_text(), parse_constant=pytest.fail)
     assert figures["fvu_bulk"] is None

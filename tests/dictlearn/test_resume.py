@@ -32,7 +32,13 @@ HOOK = "blocks.0.hook_resid_post"
 N, D = 2400, 16
 SOLVERS: dict[str, dict[str, Any]] = {
     "ksvd": {"name": "ksvd", "n_atoms": 24, "encoder": {"name": "omp", "k": 3}},
-    "topk_sae": {"name": "topk_sae", "n_atoms": 24, "k": 3, "aux_k": 4, "dead_after": 500},
+    "sae": {
+        "name": "sae",
+        "n_atoms": 24,
+        "variant": {"name": "topk", "k": 3},
+        "aux_k": 4,
+        "dead_after": 500,
+    },
 }
 
 
@@ -300,7 +306,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(
 def test_what_a_fit_replaces_is_kept_until_it_is_done(
     store: Store, tmp_path: Path, stop_at: Callable[..., None]
 ) -> None:
-    run = fit(config(store, tmp_path / "run", "topk_sae"))
+    run = fit(config(store, tmp_path / "run", "sae"))
     before = (run / artifact.WEIGHTS).read_bytes()
     stop_at(9, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):

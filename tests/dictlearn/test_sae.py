@@ -10,8 +10,10 @@ import optax
 import pytest
 import torch
 
+from dictlearn.dictionary import Dictionary
 from dictlearn.solvers.base import Batch
-from dictlearn.solvers.sae import TopKSAE, _across, _aux, _rate, _SAEState
+from dictlearn.solvers.sae import SAE, _across, _aux, _rate, _SAEState
+from dictlearn.solvers.sae_variants import TopK
 
 KEY = jax.random.key(0)
 N, M, D, K, AUX_K = 20, 12, 6, 3, 2
@@ -22,12 +24,12 @@ def rows(n: int = N, *, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((n, D))
 
 
-def started(solver: TopKSAE, x: jax.Array, *, n_steps: int, dead: int = 0) -> _SAEState:
+def started(solver: SAE, x: jax.Array, *, n_steps: int, dead: int = 0) -> _SAEState:
     """A state whose biases are not 0 and whose first latents count as dead."""
     state = solver.init(x, n_steps=n_steps, key=KEY)
     rng = np.random.default_rng(1)
     return eqx.tree_at(
-        lambda s: (s.parameters[0].bias, s.parameters[1].bias, s.rows_since_used),
+        lambda s: (s.parameters.dictionary.bias, s.parameters.bias, s.rows_since_used),
         state,
         (
             jnp.asarray(0.1 * rng.standard_normal(D), x.dtype),
@@ -38,8 +40,8 @@ def started(solver: TopKSAE, x: jax.Array, *, n_steps: int, dead: int = 0) -> _S
 
 
 def parameters(state: _SAEState) -> dict[str, np.ndarray]:
-    dictionary, encoder = state.parameters
-    values = (dictionary.atoms, dictionary.bias, encoder.weight, encoder.bias)
+    own = state.parameters
+    values = (own.dictionary.atoms, own.dictionary.bias, own.weight, own.bias)
     return dict(zip(NAMES, map(np.array, values), strict=True))
 
 
@@ -67,7 +69,7 @@ def test_gradient_is_that_of_finite_differences(dead: int) -> None:
     """Adam's first moment is 0.1 of the gradient, clipped to norm 1, across the atoms."""
     x = rows()
     with jax.enable_x64(True):
-        solver = TopKSAE(M, K, aux_k=AUX_K)
+        solver = SAE(M, TopK(K), aux_k=AUX_K)
         state = started(solver, jnp.asarray(x), n_steps=10, dead=dead)
         after, _ = solver.step(state, Batch(jnp.asarray(x)), key=KEY)
         mu = optax.tree.get(after.optimiser, "mu")
@@ -94,7 +96,7 @@ def test_gradient_is_that_of_finite_differences(dead: int) -> None:
 
 
 def torch_training(
-    p: dict[str, np.ndarray], batches: np.ndarray, solver: TopKSAE
+    p: dict[str, np.ndarray], batches: np.ndarray, solver: SAE
 ) -> dict[str, np.ndarray]:
     """The same training by torch's autograd and Adam, without AuxK."""
     t = {name: torch.tensor(values, requires_grad=True) for name, values in p.items()}
@@ -118,7 +120,7 @@ def torch_training(
     return {name: value.detach().numpy() for name, value in t.items()}
 
 
-def rate(solver: TopKSAE, step: int, n_steps: int) -> float:
+def rate(solver: SAE, step: int, n_steps: int) -> float:
     """Linear to the end of the warm-up, then half a cosine that reaches 0 one step too late."""
     warm = solver.warmup * n_steps
     if step < warm:
@@ -132,7 +134,7 @@ def test_steps_equal_those_of_torch(scale: float) -> None:
     n_steps = 8
     batches = np.stack([scale * rows(seed=seed) for seed in range(n_steps)])
     with jax.enable_x64(True):
-        solver = TopKSAE(M, K, learning_rate=1e-2, warmup=0.3)
+        solver = SAE(M, TopK(K), learning_rate=1e-2, warmup=0.3)
         state = started(solver, jnp.asarray(batches[0]), n_steps=n_steps)
         expected = torch_training(parameters(state), batches, solver)
         moved = parameters(state)
@@ -147,7 +149,7 @@ def test_steps_equal_those_of_torch(scale: float) -> None:
 
 @pytest.mark.parametrize("warmup", [0.0, 0.05, 0.5])
 def test_learning_rate(warmup: float) -> None:
-    solver, n_steps = TopKSAE(M, K, learning_rate=3e-3, warmup=warmup), 200
+    solver, n_steps = SAE(M, TopK(K), learning_rate=3e-3, warmup=warmup), 200
     steps = range(1, n_steps + 1)
     ours = [float(_rate(solver, jnp.array(step), jnp.array(n_steps))) for step in steps]
     np.testing.assert_allclose(ours, [rate(solver, s, n_steps) for s in steps], atol=1e-8)
@@ -156,7 +158,7 @@ def test_learning_rate(warmup: float) -> None:
 
 
 def test_a_fit_of_one_step_moves() -> None:
-    assert float(_rate(TopKSAE(M, K), jnp.array(1), jnp.array(1))) == pytest.approx(1e-3)
+    assert float(_rate(SAE(M, TopK(K)), jnp.array(1), jnp.array(1))) == pytest.approx(1e-3)
 
 
 def test_part_along_the_atoms_is_removed() -> None:
@@ -173,14 +175,16 @@ def test_part_along_the_atoms_is_removed() -> None:
 def test_first_scale_reconstructs_best() -> None:
     """W = a D; no other a leaves a smaller error."""
     x = jnp.asarray(rows(200) + 3, jnp.float32)  # rows that share a direction
-    state = TopKSAE(M, K).init(x, n_steps=1, key=KEY)
+    start = Dictionary(x[:M], jnp.zeros(D))
+    state = SAE(M, TopK(K)).init(x, n_steps=1, key=KEY, start=start)
     p = parameters(state)
     a = (p["weight"] * p["atoms"]).sum(axis=1)
     np.testing.assert_allclose(p["weight"], a[:, None] * p["atoms"], atol=1e-6)
     np.testing.assert_allclose(a, a[0], rtol=1e-5)
 
     def error(scale: float) -> float:
-        return float(((x - kept(scale * x @ p["atoms"].T, K) @ p["atoms"]) ** 2).sum())
+        centred = x - p["bias"][None]
+        return float(((centred - kept(scale * centred @ p["atoms"].T, K) @ p["atoms"]) ** 2).sum())
 
     assert error(a[0]) < min(error(0.98 * a[0]), error(1.02 * a[0]))
     assert error(a[0]) < 0.5 * error(1)
@@ -188,11 +192,11 @@ def test_first_scale_reconstructs_best() -> None:
 
 def test_codes_are_not_negative_and_negative_ones_are_dropped() -> None:
     x = jnp.asarray(rows(200), jnp.float32)
-    solver = TopKSAE(M, M)
+    solver = SAE(M, TopK(M))
     dictionary, encoder = solver.result(solver.init(x, n_steps=1, key=KEY))
     codes = encoder.prepare(dictionary).encode(x)
     assert (codes.values >= 0).all()
-    u = np.asarray(x @ encoder.weight.T)
+    u = np.asarray((x - dictionary.bias[None]) @ encoder.weight.T)
     np.testing.assert_allclose(codes.dense(), np.maximum(u, 0), atol=1e-5)
     assert (codes.l0() < M).any()
 
@@ -201,7 +205,7 @@ def test_auxk_is_0_while_none_is_dead() -> None:
     x = jnp.asarray(rows(), jnp.float32)
     states = []
     for weight in (0.0, 10.0):
-        solver = TopKSAE(M, K, aux_k=AUX_K, aux_weight=weight, dead_after=50)
+        solver = SAE(M, TopK(K), aux_k=AUX_K, aux_weight=weight, dead_after=50)
         state = started(solver, x, n_steps=10)
         states.append(solver.step(state, Batch(x), key=KEY)[0])
     assert eqx.tree_equal(*states)
@@ -209,7 +213,7 @@ def test_auxk_is_0_while_none_is_dead() -> None:
 
 def test_auxk_is_the_share_of_the_error_that_dead_latents_leave() -> None:
     """0 where they explain it whole, 1 where they say nothing; the living do not count."""
-    solver = TopKSAE(D, 1, aux_k=2)
+    solver = SAE(D, TopK(1), aux_k=2)
     error = jnp.abs(jnp.asarray(rows(), jnp.float32)).at[:, 2:].set(0)
     dead, atoms = jnp.arange(D) < 2, jnp.eye(D)
     assert _aux(solver, error, error, dead, atoms) == pytest.approx(0, abs=1e-6)
@@ -226,13 +230,13 @@ def test_auxk_revives_dead_latents() -> None:
     small = jnp.arange(M) < M // 2
     dead = {}
     for weight in (0.0, 1 / 32):
-        solver = TopKSAE(M, 1, learning_rate=1e-2, aux_weight=weight, dead_after=n)
+        solver = SAE(M, TopK(1), learning_rate=1e-2, aux_weight=weight, dead_after=n)
         state = solver.init(x, n_steps=steps, key=KEY)
-        encoder = state.parameters[1]
+        own = state.parameters
         state = eqx.tree_at(
-            lambda s: (s.parameters[1].weight, s.parameters[1].bias),
+            lambda s: (s.parameters.weight, s.parameters.bias),
             state,
-            (jnp.where(small[:, None], 0.05, 1) * encoder.weight, jnp.where(small, 0.0, 3.0)),
+            (jnp.where(small[:, None], 0.05, 1) * own.weight, jnp.where(small, 0.0, 3.0)),
         )
         for step in range(steps):
             batch = Batch(x[step * n % len(x) :][:n])

@@ -177,7 +177,7 @@ def test_the_store_holds_the_rows(truth: Truth, tmp_path: Path) -> None:
     written = store(tmp_path / "store", truth, n)
     assert len(written) == n
     documents = np.arange(102)
-    got = [(x, document) for x, document in Rows(written, HOOK, documents).by_shard()]
+    got = [(x, document) for x, document, _ in Rows(written, HOOK, documents).by_shard()]
     np.testing.assert_array_equal(np.concatenate([x for x, _ in got]), rows(truth, n).x)
     document = np.concatenate([document for _, document in got])
     np.testing.assert_array_equal(document, np.arange(n) // BLOCK)
