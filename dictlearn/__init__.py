@@ -1,5 +1,6 @@
 """Learn sparse dictionaries of transformer activations, and find out whether they are any good."""
 
 from dictlearn.artifact import Run, load
+from dictlearn.swap import fit_encoder, recode
 
-__all__ = ["Run", "load"]
+__all__ = ["Run", "fit_encoder", "load", "recode"]

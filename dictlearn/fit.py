@@ -52,7 +52,7 @@ def fit(
     """
     if devices.leads():
         artifact.check_place(config.output, overwrite=overwrite)
-    job = _prepare(config, where, verify=verify)
+    job = prepare(config, where, verify=verify)
     first = begin(job, where)
     if not devices.leads():
         train(job, first, None)
@@ -75,7 +75,7 @@ def go_on(run: Path, settings: list[str] | None = None, *, verify: bool = False)
     """
     where = str(run / "config.toml")
     with artifact.unfinished(run) if devices.leads() else contextlib.nullcontext():
-        job = _prepare(
+        job = prepare(
             validate(FitConfig, read_toml(run / "config.toml", settings or []), where),
             where,
             verify=verify,
@@ -87,7 +87,7 @@ def go_on(run: Path, settings: list[str] | None = None, *, verify: bool = False)
     return run
 
 
-def _prepare(config: FitConfig, where: str, *, verify: bool) -> Job:
+def prepare(config: FitConfig, where: str, *, verify: bool = False) -> Job:
     """Have the store made where it is missing, split it, and see that the config suits it."""
     recipe = recipe_of(config, where)
     if recipe is not None and devices.leads():
@@ -152,12 +152,10 @@ def _measure(config: FitConfig, coder: Coder, parts: dict[str, Rows], bulk: Bulk
         n_atoms=config.solver.n_atoms,
         seed=config.seed,
     )
-    figures = heldout.figures(
-        coder,
-        heldout.evaluate(coder, parts["test"], bulk),
-        heldout.evaluate(untrained, parts["test"], bulk),
-        seed=config.seed,
-    )
+    seen = heldout.evaluate(coder, parts["test"], bulk)
+    beside = heldout.evaluate(untrained, parts["test"], bulk)
+    figures = heldout.figures(coder, seen, seed=config.seed)
+    figures |= heldout.against(seen, beside, seed=config.seed)
     if "gradient" in config.solver.needs:
         # The other mode of inference: it knows the next token, and is no rival of the others.
         seen = heldout.evaluate(coder, parts["test"], bulk, gradients=True)

@@ -92,42 +92,45 @@ def control(
     return Coder(normaliser, Dictionary(atoms, jnp.zeros(atoms.shape[1])), encoder)
 
 
-def figures(coder: Coder, fitted: HeldOut, untrained: HeldOut, *, seed: int) -> dict[str, Any]:
-    """The figures of metrics.json. Intervals are 95 %, by bootstrap over documents.
+def figures(coder: Coder, seen: HeldOut, *, seed: int) -> dict[str, Any]:
+    """The figures of metrics.json. Intervals are 95 %, by bootstrap over documents."""
+    nearest = np.asarray(metrics.nearest_cosine(coder.dictionary.atoms))
+    return {
+        **_errors(seen, seed),
+        "cosine": seen.cosine,
+        "coherence": float(nearest.max()),
+        "twins": float((nearest > metrics.TWIN).mean()),
+        "n_tokens": int(seen.raw.count.sum()),
+        "n_documents": len(seen.raw.count),
+    }
 
-    `gain_bulk` is the part of the control's fvu_bulk that the fit removes; its interval draws the
-    same documents for both.
+
+def against(seen: HeldOut, untrained: HeldOut, *, seed: int) -> dict[str, Any]:
+    """The control's figures, and `gain_bulk`, the part of its fvu_bulk that the fit removes.
+
+    The interval of the gain draws the same documents for both.
     """
-    n_documents = len(fitted.raw.count)
-
-    def interval(sums: metrics.Sums) -> tuple[float, float]:
-        return metrics.bootstrap(sums.fvu, n_documents, seed=seed)
+    n_documents = len(seen.raw.count)
 
     def gain(weights: np.ndarray) -> np.ndarray:
         with np.errstate(divide="ignore", invalid="ignore"):
-            return 1 - fitted.bulk.fvu(weights) / untrained.bulk.fvu(weights)
+            return 1 - seen.bulk.fvu(weights) / untrained.bulk.fvu(weights)
 
-    nearest = np.asarray(metrics.nearest_cosine(coder.dictionary.atoms))
     return {
-        "fvu": fitted.fvu,
-        "fvu_interval": interval(fitted.raw),
-        "fvu_bulk": fitted.fvu_bulk,
-        "fvu_bulk_interval": interval(fitted.bulk),
-        "control_fvu": untrained.fvu,
-        "control_fvu_interval": interval(untrained.raw),
-        "control_fvu_bulk": untrained.fvu_bulk,
-        "control_fvu_bulk_interval": interval(untrained.bulk),
+        **{f"control_{key}": value for key, value in _errors(untrained, seed).items()},
         "gain_bulk": float(gain(np.ones((1, n_documents)))[0]),
         "gain_bulk_interval": metrics.bootstrap(gain, n_documents, seed=seed),
-        "median_error": float(np.nanmedian(fitted.errors)),
-        "control_median_error": float(np.nanmedian(untrained.errors)),
-        "l0": fitted.l0,
-        "control_l0": untrained.l0,
-        "cosine": fitted.cosine,
-        "frac_alive": fitted.frac_alive,
-        "control_frac_alive": untrained.frac_alive,
-        "coherence": float(nearest.max()),
-        "twins": float((nearest > metrics.TWIN).mean()),
-        "n_tokens": int(fitted.raw.count.sum()),
-        "n_documents": n_documents,
+    }
+
+
+def _errors(seen: HeldOut, seed: int) -> dict[str, Any]:
+    n_documents = len(seen.raw.count)
+    return {
+        "fvu": seen.fvu,
+        "fvu_interval": metrics.bootstrap(seen.raw.fvu, n_documents, seed=seed),
+        "fvu_bulk": seen.fvu_bulk,
+        "fvu_bulk_interval": metrics.bootstrap(seen.bulk.fvu, n_documents, seed=seed),
+        "median_error": float(np.nanmedian(seen.errors)),
+        "l0": seen.l0,
+        "frac_alive": seen.frac_alive,
     }

@@ -230,15 +230,16 @@ def _normalised(normaliser: Normaliser, rows: Any, mesh: Mesh | None) -> Batch:
     return Batch(normaliser.normalise(x), normaliser.scale * gradient)
 
 
-def _better(mark: Mark, result: Any, step: int, score: float, tolerance: float) -> tuple[Any, ...]:
+def _better(
+    mark: Mark, result: Any, step: int, score: float, tolerance: float
+) -> tuple[Any, int, float, float, int]:
     """The fields of the next mark that an evaluation decides."""
     first = mark.best_step == 0
-    best = mark.best, mark.best_step, mark.best_score
+    goes_on = first or score < (1 - tolerance) * mark.goal
+    goal, stale = (score, 0) if goes_on else (mark.goal, mark.stale + 1)
     if first or score < mark.best_score:
-        best = result, step, score
-    if first or score < (1 - tolerance) * mark.goal:
-        return *best, score, 0
-    return *best, mark.goal, mark.stale + 1
+        return result, step, score, goal, stale
+    return mark.best, mark.best_step, mark.best_score, goal, stale
 
 
 def _start(job: Job, where: str) -> Dictionary:

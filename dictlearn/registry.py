@@ -11,17 +11,20 @@ from dictlearn.encoders.linear import Linear, Tied
 from dictlearn.encoders.matryoshka_omp import MatryoshkaOMP
 from dictlearn.encoders.mp import MP
 from dictlearn.encoders.nn_omp import NonNegativeOMP
+from dictlearn.encoders.nnls import NNLS
 from dictlearn.encoders.omp import OMP
 from dictlearn.solvers.ksvd import KSVD
 from dictlearn.solvers.sae import SAE
+from dictlearn.solvers.snmf import SNMF
 from dictlearn.solvers.untrained import Untrained
 
-Solver = Annotated[KSVD | SAE | Untrained, Field(discriminator="name")]
+Solver = Annotated[KSVD | SAE | SNMF | Untrained, Field(discriminator="name")]
 
 # Everything that an artifact can hold, by the `name` it is saved under.
 ENCODERS = {
     "omp": OMP,
     "nn_omp": NonNegativeOMP,
+    "nnls": NNLS,
     "mp": MP,
     "matryoshka_omp": MatryoshkaOMP,
     "linear": Linear,
