@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, no_type_check
@@ -54,7 +55,7 @@ def slope(
     centred, spread = map(np.asarray, _centre(batch.x, parameters.dictionary.bias))
     ends = np.array(solver.groups)
     m, kind = len(atoms), atoms.dtype.type
-    left = np.empty((n, len(ends), atoms.shape[1]), atoms.dtype)
+    left = _ROOM.take("left", (n, len(ends), atoms.shape[1]), atoms.dtype)
     errors = np.empty(n)
     du = np.empty_like(z)
     with ThreadPoolExecutor(threads_at_hand()) as threads:
@@ -65,7 +66,7 @@ def slope(
         step = kind(-2 / (n * (spread if spread > 0 else 1) * len(ends)))
         du *= step
         begins, row, place = _by_atom(index, start, m)
-        d_atoms, d_weight = np.zeros_like(atoms), np.zeros_like(weight)
+        d_atoms, d_weight = (_ROOM.take(name, atoms.shape, atoms.dtype) for name in "dw")
         atom_wise = functools.partial(
             _atoms, begins, row, z[place], du[place], centred, left, ends, d_atoms, d_weight
         )
@@ -81,8 +82,8 @@ def slope(
     d_centre -= d_bias @ weight
     used = np.diff(begins) > 0
     gradient = Parameters(
-        Dictionary(jnp.asarray(d_atoms), jnp.asarray(d_centre)),
-        jnp.asarray(d_weight), jnp.asarray(d_bias), None,
+        Dictionary(jnp.array(d_atoms), jnp.array(d_centre)),  # copies
+        jnp.array(d_weight), jnp.array(d_bias), None,
     )  # fmt: skip
     seen = Seen(
         jnp.asarray(kind(len(z) / n)),
@@ -91,6 +92,23 @@ def slope(
     )
     objective = kind(errors.mean() + sums.nothing)
     return gradient, Told(jnp.asarray(objective), jnp.asarray(spread), seen, jnp.asarray(used))
+
+
+class _Room(threading.local):
+    """Memory that a thread's steps use one after another: new pages are slow to come by."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, np.ndarray] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """An array with any contents."""
+        held = self.held.get(name)
+        if held is None or held.shape != shape or held.dtype != dtype:
+            held = self.held[name] = np.empty(shape, dtype)
+        return held
+
+
+_ROOM = _Room()
 
 
 class _Sums:
@@ -228,6 +246,8 @@ def _atoms(begins, row, z, du, centred, left, ends, d_atoms, d_weight, part):
     for j in range(part[0], part[1]):
         g = np.searchsorted(ends, j, side="right")
         own, weight = d_atoms[j], d_weight[j]
+        own[:] = 0
+        weight[:] = 0
         for t in range(begins[j], begins[j + 1]):
             s, x = left[row[t], g], centred[row[t]]
             for c in range(d):

@@ -90,7 +90,8 @@ def test_a_step_is_the_same_on_eight_devices(tmp_path: Path) -> None:
 
 def test_the_contract_on_eight_devices() -> None:
     """What the contract suite runs through `run` there has its rows on all of them."""
-    laws = "planted_atoms or same_key or save_and_load or info_is or zero_rows"
+    laws = "(planted_atoms or same_key or save_and_load or info_is or zero_rows)"
+    laws += " and not abs_topk and not matryoshka and not gradient"  # the first law is long
     command = [
         sys.executable, "-m", "pytest", "-k", laws, Path(__file__).with_name("test_contract.py"),
     ]  # fmt: skip
