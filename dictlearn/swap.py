@@ -54,7 +54,7 @@ def fit_encoder(
     variant: Variant,
     *,
     epochs: float = 10.0,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 3e-3,
     batch_size: int = 1024,
     output: Path | None = None,
 ) -> AbstractEncoder:

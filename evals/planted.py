@@ -13,6 +13,7 @@ from typing import Annotated
 
 import numpy as np
 import scipy.sparse
+import scipy.special
 from jaxtyping import Bool, Float32, Float64, Int
 from pydantic import Field
 
@@ -23,6 +24,8 @@ HOOK = "planted"
 # Rows drawn at once; also a document, so that a fit splits between draws.
 BLOCK = 200
 _SHARD_BLOCKS = 100
+# Norm of a class's row of the readout.
+_GAIN = 4.0
 # Keeps the draws apart from those of anyone who uses the same seed, e.g. for random atoms.
 _SEED_TAG = 0x504C414E
 
@@ -50,8 +53,10 @@ class PlantedConfig:
       noise: variance of isotropic Gaussian noise, relative to the features' part of x.
       carrier: share of the variance of one coordinate, which Gaussian values in it alone lift so
         far; massive rows do not count. 0: there is none.
+      support: share of the coordinates in which a direction lies; the others are 0.
       massive: share of rows that are massive: a fixed direction is added to them.
       massive_factor: its norm, relative to the root mean square norm of other rows.
+      classes: of a linear readout of the rows, whose loss has a gradient; 0: there is none.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -69,8 +74,10 @@ class PlantedConfig:
     magnitude_sigma: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.5
     noise: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.02
     carrier: _Share = 0.0
+    support: Annotated[float, Field(gt=0, le=1)] = 1.0
     massive: _Share = 0.0
     massive_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 50.0
+    classes: Annotated[int, Field(ge=0)] = 0
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
     def check(self) -> None:
@@ -115,6 +122,8 @@ class Truth:
       noise_std: of each coordinate.
       carrier: the coordinate; carrier_std: of what is added there.
       massive: what is added to massive rows, times a normal factor of mean 1 and deviation 0.1.
+      readout: [C d]; a row's label is drawn from softmax(readout x). Each class reads 4 features,
+        so that some matter to the loss, and most do not.
     """
 
     config: PlantedConfig
@@ -129,6 +138,7 @@ class Truth:
     carrier: int
     carrier_std: float
     massive: Float32[np.ndarray, " d"]
+    readout: Float32[np.ndarray, "C d"]
 
     @property
     def background(self) -> Float32[np.ndarray, "b d"]:
@@ -141,11 +151,12 @@ class Truth:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sample:
-    """Rows, their true codes (float32 [n F]), and which rows are massive."""
+    """Rows, their true codes (float32 [n F]), which are massive, and labels (0 without readout)."""
 
     x: Float32[np.ndarray, "n d"]
     codes: scipy.sparse.csr_array
     massive: Bool[np.ndarray, " n"]
+    label: Int[np.ndarray, " n"]
 
 
 def plant(config: PlantedConfig) -> Truth:
@@ -158,7 +169,11 @@ def plant(config: PlantedConfig) -> Truth:
     config.check()
     n, d = config.n_features, config.width
     rng = np.random.default_rng([_SEED_TAG, config.seed, 0])
-    directions = unit(rng.standard_normal((n, d), np.float32))
+    directions = rng.standard_normal((n, d), np.float32)
+    if config.support < 1:
+        own = np.random.default_rng([_SEED_TAG, config.seed, 3]).random((n, d)).argsort(axis=1)
+        directions[own >= max(round(config.support * d), 1)] = 0
+    directions = unit(directions)
     signed = np.zeros(n, bool)
     signed[rng.choice(n, round(config.signed * n), replace=False)] = True
     rate = config.rates()
@@ -202,8 +217,30 @@ def plant(config: PlantedConfig) -> Truth:
     massive *= config.massive_factor * np.sqrt(total + lift + (mean**2).sum())
     return Truth(
         config, directions, rate, parent, group, signed, source_rate, members,
-        float(np.sqrt(noise)), carrier, float(np.sqrt(lift)), massive,
+        float(np.sqrt(noise)), carrier, float(np.sqrt(lift)), massive, _readout(config, directions),
     )  # fmt: skip
+
+
+def _readout(config: PlantedConfig, directions: np.ndarray) -> np.ndarray:
+    """A row [d] a class, along the sum or difference of 4 features."""
+    rng = np.random.default_rng([_SEED_TAG, config.seed, 2])
+    feature = rng.integers(len(directions), size=(config.classes, 4))
+    sign = rng.choice(np.array([-1, 1], np.float32), size=feature.shape)
+    return np.float32(_GAIN) * unit(np.einsum("cs,csd->cd", sign, directions[feature]))
+
+
+def loss(
+    truth: Truth, x: np.ndarray, label: np.ndarray
+) -> tuple[Float64[np.ndarray, " n"], Float32[np.ndarray, "n d"]]:
+    """Cross-entropy of the labels in nats, and its gradient by each row [d].
+
+    -log p_y and (p - e_y) readout, with p = softmax(readout x).
+    """
+    logits = np.float64(x) @ truth.readout.T
+    p = scipy.special.softmax(logits, axis=1)
+    value = scipy.special.logsumexp(logits, axis=1) - logits[np.arange(len(x)), label]
+    p[np.arange(len(x)), label] -= 1
+    return value, (p @ truth.readout).astype(np.float32)
 
 
 def _some(rng: np.random.Generator, among: np.ndarray, count: int) -> np.ndarray:
@@ -250,11 +287,14 @@ def rows(truth: Truth, n: int, *, first: int = 0) -> Sample:
         start = number * BLOCK
         here = slice(max(first - start, 0), first + n - start)
         block = _block(truth, number)
-        parts.append(Sample(block.x[here], block.codes[here], block.massive[here]))
+        parts.append(
+            Sample(block.x[here], block.codes[here], block.massive[here], block.label[here])
+        )
     return Sample(
         np.concatenate([part.x for part in parts]),
         scipy.sparse.csr_array(scipy.sparse.vstack([part.codes for part in parts])),
         np.concatenate([part.massive for part in parts]),
+        np.concatenate([part.label for part in parts]),
     )
 
 
@@ -274,7 +314,12 @@ def _block(truth: Truth, number: int) -> Sample:
     massive = rng.random(BLOCK) < config.massive
     size = 1 + 0.1 * rng.standard_normal(BLOCK, np.float32)
     x[massive] += size[massive, None] * truth.massive
-    return Sample(x, codes, massive)
+    label = np.zeros(BLOCK, int)
+    if config.classes:
+        draw = rng.random((BLOCK, 1))
+        p = scipy.special.softmax(np.float64(x) @ truth.readout.T, axis=1)
+        label = np.minimum((np.cumsum(p, axis=1) < draw).sum(axis=1), config.classes - 1)
+    return Sample(x, codes, massive, label)
 
 
 def _firing(truth: Truth, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -299,6 +344,8 @@ def _firing(truth: Truth, rng: np.random.Generator) -> tuple[np.ndarray, np.ndar
 def store(path: Path, truth: Truth, n_rows: int) -> Store:
     """Write the first rows of a truth as a float32 store with one hook, a document a block.
 
+    With a readout the gradients of its loss stand beside the rows.
+
     Raises:
       StoreError: a store is there already; the disk is full.
     """
@@ -308,8 +355,12 @@ def store(path: Path, truth: Truth, n_rows: int) -> Store:
     def shards() -> Iterator[dict[str, np.ndarray]]:
         for first in range(0, n_rows, _SHARD_BLOCKS * BLOCK):
             row = np.arange(first, min(first + _SHARD_BLOCKS * BLOCK, n_rows), dtype=np.int32)
-            yield {
-                f"activations/{HOOK}": rows(truth, len(row), first=first).x,
+            sample = rows(truth, len(row), first=first)
+            slope = {}
+            if config.classes:
+                slope[f"gradients/{HOOK}"] = loss(truth, sample.x, sample.label)[1]
+            yield slope | {
+                f"activations/{HOOK}": sample.x,
                 "token": np.zeros_like(row),
                 "document": row // BLOCK,
                 "sequence": row // BLOCK,
@@ -323,6 +374,6 @@ def store(path: Path, truth: Truth, n_rows: int) -> Store:
         request={"planted": dataclasses.asdict(config), "n_rows": n_rows},
         model={"description": "planted features"}, corpus={}, forward={},
         hooks={HOOK: config.width}, context_length=BLOCK, n_documents=n_documents,
-        shard_sequences=_SHARD_BLOCKS, dropped_positions=(),
+        shard_sequences=_SHARD_BLOCKS, dropped_positions=(), gradients=config.classes > 0,
     )  # fmt: skip
     return Store(path)

@@ -15,6 +15,7 @@ from scipy.optimize import linear_sum_assignment
 from dictlearn import metrics
 from dictlearn.dictionary import Coder, Dictionary, Normaliser
 from dictlearn.encoders.base import AbstractEncoder
+from evals import planted
 from evals.planted import Sample, Truth, unit
 
 
@@ -84,7 +85,13 @@ def _match_greedily(atoms: np.ndarray, directions: np.ndarray, chosen: np.ndarra
 
 
 def score(
-    coder: Coder, truth: Truth, sample: Sample, *, min_firings: int = 10, exact: int = 4096
+    coder: Coder,
+    truth: Truth,
+    sample: Sample,
+    *,
+    gradients: bool = False,
+    min_firings: int = 10,
+    exact: int = 4096,
 ) -> dict[str, float]:
     """How much of the truth a coder recovers, on rows that it was not fitted on.
 
@@ -99,6 +106,7 @@ def score(
     without negative codes can hold a signed feature only by two atoms, one of which counts.
 
     Arguments:
+      gradients: the encoder is told those of the truth's readout. They know the labels.
       min_firings: in the sample, of a feature that enters the means of precision, recall and f1.
       exact: see `match`.
 
@@ -111,7 +119,8 @@ def score(
       Means over atoms: `atom_cosine` (greatest |cos| with a feature), `junk` (share with less than
         half of their square along any one feature or background direction), `duplicates` (share
         with a feature above 0.9 that has a better atom).
-      Over rows: `fvu`, `fvu_bulk` (without massive rows and the carrier), `l0`.
+      Over rows: `fvu`, `fvu_bulk` (without massive rows and the carrier), `l0`; with a readout,
+        `loss_increase`: its cross-entropy at x_hat less that at x, in nats.
       NaN where there is nothing to take a mean over.
     """
     atoms = np.asarray(coder.dictionary.atoms)
@@ -135,7 +144,10 @@ def score(
         "junk": _mean(known**2 < 0.5),
         "duplicates": float(((nearest > 0.9).sum() - (size > 0.9).sum()) / len(atoms)),
     }
-    codes, x_hat = _encode(coder, sample.x)
+    before, slope = (None, None)
+    if len(truth.readout):
+        before, slope = planted.loss(truth, sample.x, sample.label)
+    codes, x_hat = _encode(coder, sample.x, slope if gradients else None)
     sign = np.where(chosen >= 0, np.sign(cosine), 0)
     learned = _signs(codes[:, np.maximum(chosen, 0)].multiply(sign[None]))  # [n F]
     true = _signs(sample.codes)
@@ -154,6 +166,9 @@ def score(
         figures[f"{name}_by_firing"] = _mean(ratio[counted], truth.rate[counted])
     carriers = np.arange(sample.x.shape[1]) == (truth.carrier if truth.carrier_std else -1)
     usual = ~sample.massive
+    if before is not None:
+        after = planted.loss(truth, x_hat, sample.label)[0]
+        figures["loss_increase"] = float((after - before).mean())
     return figures | {
         "n_scored": int(counted.sum()),
         "fvu": metrics.fvu(sample.x, x_hat),
@@ -180,16 +195,21 @@ def _nearest(atoms: np.ndarray, directions: np.ndarray) -> np.ndarray:
     return np.concatenate([np.abs(part @ directions.T).max(axis=1, initial=0) for part in parts])
 
 
-def _encode(coder: Coder, x: np.ndarray) -> tuple[scipy.sparse.csr_array, np.ndarray]:
+def _encode(
+    coder: Coder, x: np.ndarray, gradient: np.ndarray | None
+) -> tuple[scipy.sparse.csr_array, np.ndarray]:
     """Codes [n m], zeros not stored, and reconstructions [n d]; 1024 rows at once, in one shape."""
     prepared = coder.prepare()
     parts, x_hat = [], np.empty_like(x)
     for first in range(0, len(x), 1024):
-        here = x[first : first + 1024]
-        codes = prepared.encode(np.pad(here, ((0, 1024 - len(here)), (0, 0))))
-        x_hat[first : first + 1024] = np.asarray(coder.decode(codes))[: len(here)]
-        values, indices = (np.asarray(a)[: len(here)] for a in (codes.values, codes.indices))
+        here = slice(first, min(first + 1024, len(x)))
+        n = here.stop - first
+        filled = ((0, 1024 - n), (0, 0))
+        slope = None if gradient is None else np.pad(gradient[here], filled)
+        codes = prepared.encode(np.pad(x[here], filled), gradient=slope)
+        x_hat[here] = np.asarray(coder.decode(codes))[:n]
+        values, indices = (np.asarray(a)[:n] for a in (codes.values, codes.indices))
         row, slot = np.nonzero(values)
         entries = (values[row, slot], (row, indices[row, slot]))
-        parts.append(scipy.sparse.csr_array(entries, (len(here), codes.n_atoms)))
+        parts.append(scipy.sparse.csr_array(entries, (n, codes.n_atoms)))
     return scipy.sparse.csr_array(scipy.sparse.vstack(parts)), x_hat

@@ -17,9 +17,7 @@ its line already is not done again.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,10 +35,11 @@ from dictlearn.artifact import Run
 from dictlearn.dictionary import Coder
 from dictlearn.loop import Job
 from dictlearn.swap import job_of
+from experiments import lines
+from experiments.lines import Line
 from experiments.replay import Replay, losses, replay
 
 MODES = ("plain", "gradient")
-Line = dict[str, Any]
 
 
 def reconstructed(coder: Coder, clean: Replay, mode: str) -> np.ndarray:
@@ -122,16 +121,6 @@ def identity(run: Run, mode: str, n_tokens: int) -> Line:
     }
 
 
-def line_of(wanted: Line, file: Path) -> Line | None:
-    """The newest line of an identity, if any. A line that a kill has cut is passed over."""
-    for text in reversed(file.read_text().splitlines() if file.exists() else []):
-        with contextlib.suppress(ValueError):
-            line = json.loads(text)
-            if wanted.items() <= line.items():
-                return line
-    return None
-
-
 class Measurer:
     """Measures runs one after another; what several share is replayed once.
 
@@ -176,19 +165,12 @@ def measure_all(runs: list[Run], modes: Sequence[str], n_tokens: int, file: Path
         for mode in modes
         if mode == "plain" or _uses_gradient(run)
     ]
-    missing = {mode for run, mode in tasks if line_of(identity(run, mode, n_tokens), file) is None}
+    missing = {m for run, m in tasks if lines.find(identity(run, m, n_tokens), file) is None}
     measurer = Measurer(n_tokens, gradients="gradient" in missing)
-    file.parent.mkdir(parents=True, exist_ok=True)
     found = []
     for run, mode in tasks:
-        wanted = identity(run, mode, n_tokens)
-        if (line := line_of(wanted, file)) is None:
-            line = wanted | measurer(run, mode)
-            with file.open("a+") as lines:
-                lines.seek(0)
-                cut = not ("\n" + lines.read()).endswith("\n")  # by a kill: begin a line of our own
-                lines.write("\n" * cut + json.dumps(line, allow_nan=False) + "\n")
-        found.append(line)
+        own = identity(run, mode, n_tokens)
+        found.append(lines.find(own, file) or lines.add(own | measurer(run, mode), file))
     return found
 
 
@@ -197,18 +179,18 @@ def _uses_gradient(run: Run) -> bool:
     return bool(getattr(getattr(run.coder.encoder, "activation", None), "projects", False))
 
 
-def show(lines: list[Line]) -> None:
+def show(found: list[Line]) -> None:
     """A table; `vs first` is the CE against that of the first run on the same documents, paired."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     titles = "run", "mode", "L0", "fvu_bulk", "CE increase", "95 %", "recovered", "vs first", "95 %"
     for title in titles:
         table.add_column(title, no_wrap=True)
-    for line in lines:
+    for line in found:
         own = line["by_document"]
         count, increase = np.array(own["n_tokens"]), np.array(own["ce_increase"])
         same = (
             other
-            for other in lines
+            for other in found
             if other["by_document"]["document"] == own["document"]
             and other["by_document"]["n_tokens"] == own["n_tokens"]
         )
@@ -225,7 +207,7 @@ def show(lines: list[Line]) -> None:
     console = Console(highlight=False, width=150)
     console.print(table)
     for key in ("ce_model", "ce_mean", "ce_zero", "n_tokens"):
-        console.print(f"{key}: {', '.join(sorted({f'{line[key]:.5g}' for line in lines}))}")
+        console.print(f"{key}: {', '.join(sorted({f'{line[key]:.5g}' for line in found}))}")
 
 
 def _range(interval: list[float] | tuple[float, float]) -> str:

@@ -10,11 +10,9 @@ centred rows (`oracle`, `oracle-centred`: the ceiling), and random ones (`random
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import dataclasses
 import itertools
-import json
 import shutil
 import statistics
 from pathlib import Path
@@ -34,11 +32,19 @@ from dictlearn.encoders.omp import OMP
 from dictlearn.fit import fit
 from evals import planted, recovery
 from evals.planted import PlantedConfig, Sample, Truth
+from experiments import lines
+from experiments.lines import Line
 
+_QUICK = {"width": 16, "n_features": 40, "mean_active": 2.0, "classes": 8}
+_SMALL = {"width": 64, "n_features": 256, "mean_active": 6.0, "classes": 64}
+# Like an MLP: more neurons than features, each feature in a twentieth of them, never negative.
+_NEURONS = {"width": 256, "n_features": 100, "mean_active": 6.0, "support": 0.05, "signed": 0.0}
 # Name: the planted config, rows to fit on, rows to score on.
 SIZES: dict[str, tuple[dict[str, Any], int, int]] = {
-    "quick": ({"width": 16, "n_features": 40, "mean_active": 2.0}, 4_000, 1_000),
-    "small": ({"width": 64, "n_features": 256, "mean_active": 6.0}, 40_000, 10_000),
+    "quick": (_QUICK, 4_000, 1_000),
+    "small": (_SMALL, 40_000, 10_000),
+    "pairs": (_SMALL | {"signed": 0.8}, 40_000, 10_000),
+    "neurons": (_NEURONS | {"classes": 64}, 40_000, 10_000),
     "medium": ({"width": 256, "n_features": 2048, "mean_active": 16.0}, 100_000, 20_000),
     "large": ({"width": 768, "n_features": 16384, "mean_active": 32.0}, 200_000, 20_000),
 }
@@ -52,6 +58,18 @@ _LONG = {"batch_size": 4096, "epochs": 8}
 _SHORT = {"batch_size": 4096, "epochs": 0.1}  # for solvers that do not learn
 _OMP = {"name": "omp"}
 _KEPT = {"keep_carriers": True, "leave_out_massive": True}
+
+
+def _sae(variant: str, learning_rate: float, **more: Any) -> dict[str, Any]:
+    solver = {"name": "sae", "variant": {"name": variant}, "learning_rate": learning_rate}
+    return {"solver": solver | more, "fit": {"batch_size": 1024, "epochs": 25}}
+
+
+def _snmf(winners: float) -> dict[str, Any]:
+    fit = {"epochs": 1000, "evaluate_steps": 25, "patience": 3, "tolerance": 1e-3}
+    return {"solver": {"name": "snmf", "winners": winners}, "fit": fit, "data": {"centre": False}}
+
+
 SOLVERS: dict[str, dict[str, Any]] = {
     "ksvd": {"solver": {"name": "ksvd", "encoder": _OMP}, "fit": _LONG},
     "ksvd-kept": {"solver": {"name": "ksvd", "encoder": _OMP}, "fit": _LONG, "data": _KEPT},
@@ -61,10 +79,19 @@ SOLVERS: dict[str, dict[str, Any]] = {
         "solver": {"name": "ksvd", "encoder": {"name": "matryoshka_omp"}},
         "fit": _LONG,
     },
-    "topk_sae": {
-        "solver": {"name": "sae", "variant": {"name": "topk"}, "learning_rate": 3e-3},
-        "fit": {"batch_size": 1024, "epochs": 25},
-    },
+    "topk": _sae("topk", 3e-3),
+    "topk-2m": _sae("topk", 3e-3),
+    "abs_topk": _sae("abs_topk", 3e-3),
+    "batch_topk": _sae("batch_topk", 3e-3),
+    "matryoshka": _sae("batch_topk", 3e-3, matryoshka=32),
+    "relu": _sae("relu", 3e-3),
+    "jumprelu": _sae("jumprelu", 3e-3),
+    "gradient_topk": _sae("gradient_topk", 3e-3),
+    # The same, and its codes are told the gradients, which know the labels: no rival of the others.
+    "gradient_topk-told": _sae("gradient_topk", 3e-3),
+    "snmf": _snmf(1.0),
+    "snmf-5%": _snmf(0.05),
+    "snmf-10%": _snmf(0.10),
     "data_rows": {
         "solver": {"name": "untrained", "atoms": "data_rows", "encoder": _OMP},
         "fit": _SHORT,
@@ -82,9 +109,10 @@ SHORTER: dict[str, dict[str, Any]] = {
 REFERENCES = ("oracle", "oracle-centred", "random")
 
 COLUMNS = {
-    "f1": "f1", "f1_by_firing": "by firing", "recovered_90": "found",
+    "f1": "f1", "f1_by_firing": "by firing", "f1_signed": "signed", "recovered_90": "found",
     "recovered_90_by_firing": "by firing", "recovered_90_rare": "rare",
-    "junk": "junk", "fvu_bulk": "fvu_bulk", "seconds": "seconds",
+    "recovered_90_signed": "signed", "junk": "junk", "l0": "L0", "fvu_bulk": "fvu_bulk",
+    "loss_increase": "loss +", "seconds": "seconds",
 }  # fmt: skip
 
 
@@ -109,13 +137,15 @@ class Job:
         if self.system in REFERENCES:
             return line
         tables = copy.deepcopy(SOLVERS[self.system])
-        tables["solver"].setdefault("n_atoms", self.planted.n_features)
+        atoms = self.planted.n_features * (2 if self.system.endswith("-2m") else 1)
+        tables["solver"].setdefault("n_atoms", atoms)
         for part in ("encoder", "variant"):
             tables["solver"].get(part, {}).setdefault("k", k)
         loop: dict[str, Any] = tables["fit"]
         shorter = SHORTER.get(self.size.removesuffix("-rough")) or loop
-        epochs = min(shorter["epochs"], loop["epochs"])
-        tables["fit"] = loop | shorter | {"epochs": epochs}
+        loop["epochs"] = min(shorter["epochs"], loop["epochs"])
+        if "batch_size" in loop:
+            loop["batch_size"] = shorter["batch_size"]
         return line | {"data": {}} | tables
 
 
@@ -155,40 +185,27 @@ def make_store(path: Path, truth: Truth, n_rows: int) -> Path:
     return path
 
 
-def line_of(job: Job, file: Path) -> dict[str, Any] | None:
-    """The newest line of a job, if any. A line that a kill has cut is passed over."""
-    identity = job.identity()
-    for text in reversed(file.read_text().splitlines() if file.exists() else []):
-        with contextlib.suppress(ValueError):
-            line = json.loads(text)
-            if identity.items() <= line.items():
-                return line
-    return None
-
-
-def run(jobs: list[Job], out: Path) -> list[dict[str, Any]]:
+def run(jobs: list[Job], out: Path) -> list[Line]:
     """Do what is not done yet; the line of every job."""
     file = out / "results.jsonl"
-    out.mkdir(parents=True, exist_ok=True)
+    done: list[Line] = []
     held: tuple[PlantedConfig, Truth, Sample] | None = None
     for job in jobs:
-        if line_of(job, file) is not None:
+        if line := lines.find(job.identity(), file):
+            done.append(line)
             continue
         if held is None or held[0] != job.planted:
             _, n_rows, n_scored = SIZES[job.size]
             truth = planted.plant(job.planted)
             held = job.planted, truth, planted.rows(truth, n_scored, first=n_rows)
         coder, more = coder_of(job, held[1], out)
-        line = job.identity() | recovery.score(coder, held[1], held[2]) | more
-        line = {key: None if value != value else value for key, value in line.items()}  # NaN
-        with file.open("a+") as lines:
-            lines.seek(0)
-            cut = not ("\n" + lines.read()).endswith("\n")  # by a kill: begin a line of our own
-            lines.write("\n" * cut + json.dumps(line, allow_nan=False) + "\n")
-    return [line for job in jobs if (line := line_of(job, file)) is not None]
+        told = job.system.endswith("-told")
+        figures = recovery.score(coder, held[1], held[2], gradients=told)
+        done.append(lines.add(job.identity() | figures | more, file))
+    return done
 
 
-def show(lines: list[dict[str, Any]]) -> None:
+def show(found: list[Line]) -> None:
     """Mean over seeds, and their standard deviation where there are several."""
 
     def cell(values: list[float]) -> str:
@@ -198,11 +215,11 @@ def show(lines: list[dict[str, Any]]) -> None:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for title in ("size", "system", *COLUMNS.values()):
         table.add_column(title, no_wrap=True)
-    for size, system in dict.fromkeys((line["size"], line["system"]) for line in lines):
-        own = [line for line in lines if (line["size"], line["system"]) == (size, system)]
+    for size, system in dict.fromkeys((line["size"], line["system"]) for line in found):
+        own = [line for line in found if (line["size"], line["system"]) == (size, system)]
         values = ([line[key] for line in own if line.get(key) is not None] for key in COLUMNS)
         table.add_row(size, system, *map(cell, values))
-    Console(highlight=False, width=150).print(table)
+    Console(highlight=False, width=220).print(table)
 
 
 def main() -> None:

@@ -13,9 +13,7 @@ goes to FILE; what has its line already is not done again.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable
@@ -33,6 +31,8 @@ from dictlearn.dictionary import Dictionary
 from dictlearn.encoders.omp import OMP
 from dictlearn.solvers.base import Batch
 from dictlearn.solvers.ksvd import KSVD
+from experiments import lines
+from experiments.lines import Line
 
 M, D, N, K, STEPS = 50, 20, 1500, 3, 80
 CLOSE = 0.01  # 1 - |cos| below which an atom counts as recovered
@@ -156,9 +156,9 @@ DEFAULT = ["ksvd", "ksvd, batches of 250", "textbook", "textbook, cleaned"]
 
 def run(
     systems: list[str], snrs: list[float], trials: int, coefficients: str, file: Path | None
-) -> list[dict[str, Any]]:
+) -> list[Line]:
     """Do what is not done yet; the line of every trial, noise and system."""
-    there, lines = _lines(file), []
+    found = []
     for number in range(trials):
         for snr in snrs:
             trial = plant(number, snr, coefficients)
@@ -170,49 +170,30 @@ def run(
                     "coefficients": coefficients,
                     "settings": OURS.get(system),
                 }
-                done = [line for line in there if identity.items() <= line.items()]
-                if not done:
+                line = lines.find(identity, file)
+                if line is None:
                     began = time.perf_counter()
-                    found = recovered(trial.atoms, SYSTEMS[system](trial, number))
+                    count = recovered(trial.atoms, SYSTEMS[system](trial, number))
                     seconds = round(time.perf_counter() - began, 3)
-                    done = [identity | {"recovered": found, "seconds": seconds}]
-                    _append(file, done[0])
-                lines.append(done[0])
-    return lines
+                    told = identity | {"recovered": count, "seconds": seconds}
+                    line = lines.add(told, file)
+                found.append(line)
+    return found
 
 
-def _lines(file: Path | None) -> list[dict[str, Any]]:
-    """What stands in the file; a line that a kill has cut is passed over."""
-    lines = []
-    for text in file.read_text().splitlines() if file is not None and file.exists() else []:
-        with contextlib.suppress(ValueError):
-            lines.append(json.loads(text))
-    return lines
-
-
-def _append(file: Path | None, line: dict[str, Any]) -> None:
-    if file is None:
-        return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a+") as out:
-        out.seek(0)
-        cut = not ("\n" + out.read()).endswith("\n")  # by a kill: begin a line of our own
-        out.write("\n" * cut + json.dumps(line) + "\n")
-
-
-def show(lines: list[dict[str, Any]]) -> None:
+def show(found: list[Line]) -> None:
     """Recovered atoms of 50 over the trials."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for title in ("system", "snr", "trials", "mean", "s.e.", "percent", "quantiles", "seconds"):
         table.add_column(title, no_wrap=True, justify="left" if title == "system" else "right")
-    for system, snr in dict.fromkeys((line["system"], line["snr"]) for line in lines):
-        own = [line for line in lines if (line["system"], line["snr"]) == (system, snr)]
-        found = np.array([line["recovered"] for line in own])
-        error = found.std(ddof=1) / math.sqrt(len(found)) if len(found) > 1 else math.nan
-        quantiles = np.quantile(found, [0, 0.25, 0.5, 0.75, 1])
+    for system, snr in dict.fromkeys((line["system"], line["snr"]) for line in found):
+        own = [line for line in found if (line["system"], line["snr"]) == (system, snr)]
+        count = np.array([line["recovered"] for line in own])
+        error = count.std(ddof=1) / math.sqrt(len(count)) if len(count) > 1 else math.nan
+        quantiles = np.quantile(count, [0, 0.25, 0.5, 0.75, 1])
         table.add_row(
-            system, "none" if snr is None else f"{snr:g}", str(len(own)), f"{found.mean():.2f}",
-            f"{error:.2f}", f"{100 * found.mean() / M:.1f}", " ".join(f"{q:g}" for q in quantiles),
+            system, "none" if snr is None else f"{snr:g}", str(len(own)), f"{count.mean():.2f}",
+            f"{error:.2f}", f"{100 * count.mean() / M:.1f}", " ".join(f"{q:g}" for q in quantiles),
             f"{np.median([line['seconds'] for line in own]):.2f}",
         )  # fmt: skip
     Console(highlight=False, width=120).print(table)

@@ -10,12 +10,9 @@ experiment that was killed goes on where it stopped.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import dataclasses
 import itertools
-import json
-import math
 import shutil
 import time
 from collections.abc import Iterable
@@ -34,12 +31,12 @@ from dictlearn.encoders.nn_omp import NonNegativeOMP
 from dictlearn.encoders.omp import OMP
 from dictlearn.fit import fit, go_on
 from dictlearn.solvers.sae_variants import AbsTopK
-from experiments import swap_tables
-from experiments.swap_tables import Line
+from experiments import lines, swap_tables
+from experiments.lines import Line
 
-LEARNING_RATE = {"topk": 6e-3, "abs_topk": 6e-3, "batch_topk": 6e-3, "matryoshka": 6e-3}
+LEARNING_RATE = {"topk": 6e-3, "abs_topk": 1e-2, "batch_topk": 1e-2, "matryoshka": 1e-2}
 # Of the encoder that is distilled onto a dictionary.
-DISTILLED = {"learning_rate": 1e-3, "epochs": 10.0}
+DISTILLED = {"learning_rate": 3e-3, "epochs": 10.0}
 
 # Name: the tables [solver], [fit] and [data]. n_atoms, k (of the encoder or the variant), and an
 # SAE's epochs are set by the options.
@@ -206,35 +203,18 @@ def measure(cell: Cell, place: Place, sha256: str) -> Line:
     seen = recode(run, encoder).metrics
     line = {key: seen[key] for key in _KEPT}
     line |= {"seconds": run.metrics["seconds"], "seconds_recoding": time.monotonic() - started}
-    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in line.items()}
-
-
-def line_of(wanted: Line, file: Path) -> Line | None:
-    """The newest line of an identity, if any. A line that a kill has cut is passed over."""
-    for text in reversed(file.read_text().splitlines() if file.exists() else []):
-        with contextlib.suppress(ValueError):
-            line = json.loads(text)
-            if wanted.items() <= line.items():
-                return line
-    return None
+    return line
 
 
 def run(cells: list[Cell], place: Place) -> list[Line]:
     """Do what is not done yet; the line of every cell."""
     sha256 = Store(place.store).manifest.sha256()
     file = place.out / "results.jsonl"
-    place.out.mkdir(parents=True, exist_ok=True)
     wanted = [identity(cell, place, sha256) for cell in cells]  # mistakes show before any fit
     found: list[Line] = []
     for cell, own in zip(cells, wanted, strict=True):
-        line = line_of(own, file)
-        if line is None:
-            line = own | measure(cell, place, sha256)
-            with file.open("a+") as lines:
-                lines.seek(0)
-                cut = not ("\n" + lines.read()).endswith("\n")  # by a kill: begin a line of our own
-                lines.write("\n" * cut + json.dumps(line, allow_nan=False) + "\n")
-        found.append(line)
+        there = lines.find(own, file)
+        found.append(there or lines.add(own | measure(cell, place, sha256), file))
     return found
 
 
@@ -287,9 +267,9 @@ def main() -> None:
         for seed, m, k in itertools.product(seeds, sizes, nonzeros)
         for dictionary, encoder in itertools.product(dictionaries, encoders)
     ]
-    lines = run(cells, place)
+    found = run(cells, place)
     for m, k in itertools.product(sizes, nonzeros):
-        own = [line for line in lines if (line["n_atoms"], line["k"]) == (m, k)]
+        own = [line for line in found if (line["n_atoms"], line["k"]) == (m, k)]
         for grid in swap_tables.grids(own, figure, against):
             swap_tables.show(grid, markdown=arguments.markdown)
 

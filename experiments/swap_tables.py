@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import scipy.stats
 from rich.console import Console
 from rich.table import Table
 
+from experiments.lines import Line
+
 FIGURES = ("fvu_bulk", "fvu", "l0", "frac_alive", "twins", "median_error")
 # Of each dictionary with its own encoder.
 COLUMNS = {"frac_alive": "alive", "twins": "twins", "l0": "L0", "seconds": "seconds of the fit"}
 
-Line = dict[str, Any]
 Grid = tuple[str, list[str], list[list[str]]]  # title, heads, rows
 
 

@@ -19,6 +19,7 @@ from activations.config import read_toml, validate
 from activations.terminal import UserError, run_command
 from dictlearn.config import FitConfig
 from dictlearn.fit import fit
+from experiments import lines
 
 
 def best_of(run: Path) -> dict[str, Any]:
@@ -45,7 +46,7 @@ def point(config: Path, settings: list[str]) -> dict[str, Any]:
         except UserError as error:  # a learning rate that diverges is a result too
             found = {"failed": str(error).splitlines()[0]}
             shutil.rmtree(Path(folder) / "run", ignore_errors=True)
-    return {"config": str(config), "settings": settings} | found
+    return found
 
 
 def main() -> None:
@@ -62,17 +63,11 @@ def main() -> None:
         if not equals or not values:
             raise UserError(f"--grid {text}: expected key=value,value, e.g. solver.n_atoms=64,128")
         axes.append([f"{key}={value}" for value in values.split(",")])
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     for choice in itertools.product(*axes):
         settings = [*arguments.fixed, *choice]
-        lines = arguments.out.read_text().splitlines() if arguments.out.exists() else []
-        known = map(json.loads, lines)
         own = {"config": str(arguments.config), "settings": settings}
-        line = next((line for line in known if own.items() <= line.items()), None)
-        if line is None:
-            line = point(arguments.config, settings)
-            with arguments.out.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+        line = lines.find(own, arguments.out)
+        line = line or lines.add(own | point(arguments.config, settings), arguments.out)
         print(json.dumps(line), flush=True)
 
 

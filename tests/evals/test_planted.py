@@ -8,6 +8,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,12 +18,25 @@ from jaxtyping import Array
 from activations.config import validate
 from activations.store import StoreError
 from activations.terminal import UserError
+from dictlearn import metrics
 from dictlearn.codes import SparseCodes
 from dictlearn.data import Rows, split_by_document
 from dictlearn.dictionary import Coder, Dictionary
 from dictlearn.encoders.base import AbstractEncoder, AbstractPrepared
 from dictlearn.encoders.omp import OMP
-from evals.planted import BLOCK, HOOK, PlantedConfig, Sample, Truth, plant, rows, store
+from dictlearn.solvers.sae import SAE
+from dictlearn.solvers.sae_variants import GradientTopK
+from evals.planted import (
+    BLOCK,
+    HOOK,
+    PlantedConfig,
+    Sample,
+    Truth,
+    loss,
+    plant,
+    rows,
+    store,
+)
 from evals.recovery import match, oracle, plain_coder, score
 
 N = 20_000
@@ -415,3 +430,79 @@ def test_fewer_atoms_than_features_and_kinds_that_are_absent(held_out: Sample) -
     assert got["recovered_95"] == 0.25
     assert got["precision"] == got["recall"] < 1
     assert all(math.isnan(got[f"f1_{kind}"]) for kind in ("signed", "children", "grouped"))
+
+
+READ = PlantedConfig(width=16, n_features=40, mean_active=3.0, classes=5)
+
+
+def test_the_readouts_gradient_is_that_of_its_loss() -> None:
+    truth = plant(READ)
+    sample = rows(truth, 3)
+    x = sample.x.astype(np.float64)
+    _, slope = loss(truth, x, sample.label)
+    step = 1e-5 * np.eye(16)[:, None]  # [16 1 16]
+    ahead, back = (
+        np.stack([loss(truth, x + sign * one, sample.label)[0] for one in step], axis=1)
+        for sign in (1, -1)
+    )
+    np.testing.assert_allclose(slope, (ahead - back) / 2e-5, atol=1e-5)
+
+
+def test_labels_are_drawn_from_the_readout() -> None:
+    """Then the gradient has mean 0, and the loss is least where the rows are."""
+    truth = plant(READ)
+    sample = rows(truth, 20_000)
+    value, slope = loss(truth, sample.x, sample.label)
+    error = slope.std(axis=0) / np.sqrt(len(slope))
+    assert np.abs(slope.mean(axis=0) / error).max() < 4
+    for scale in (0.8, 1.2):
+        assert loss(truth, scale * sample.x, sample.label)[0].mean() > value.mean()
+
+
+def test_a_readout_leaves_the_rows_as_they_are(tmp_path: Path) -> None:
+    without = plant(dataclasses.replace(READ, classes=0))
+    made = store(tmp_path / "store", plant(READ), 500)
+    shard = made.manifest.shards[0]
+    sample = rows(plant(READ), 500)
+    slope = loss(plant(READ), sample.x, sample.label)[1]
+    stored = np.concatenate(list(made.rows(shard, f"gradients/{HOOK}")))
+    np.testing.assert_array_equal(stored, slope)
+    np.testing.assert_array_equal(rows(without, 500).x, sample.x)
+    assert not store(tmp_path / "other", without, 500).manifest.gradients
+
+
+def test_loss_increase_is_that_of_the_reconstruction() -> None:
+    truth = plant(READ)
+    sample = rows(truth, 2000)
+    coder = oracle(truth, OMP(k=2))
+    found = score(coder, truth, sample)["loss_increase"]
+    x_hat = np.asarray(coder.decode(coder.encode(sample.x)))
+    before, after = (loss(truth, x, sample.label)[0].mean() for x in (sample.x, x_hat))
+    assert found == pytest.approx(after - before, rel=1e-3)
+    assert found > 0.01
+    assert "loss_increase" not in score(coder, plant(dataclasses.replace(READ, classes=0)), sample)
+
+
+def test_codes_are_told_the_gradient() -> None:
+    """With only the gradient to choose by, the codes are those of the greatest |<g, d>|."""
+    truth = plant(READ)
+    sample = rows(truth, 500)
+    solver = SAE(n_atoms=40, variant=GradientTopK(k=2, beta=1e6))
+    x = jnp.asarray(sample.x)
+    state = solver.init(x, n_steps=1, key=jax.random.key(0))
+    dictionary, encoder = solver.result(state)
+    encoder = eqx.tree_at(lambda e: e.activation.scale, encoder, jnp.ones(()))
+    coder = dataclasses.replace(oracle(truth, encoder), dictionary=dictionary)
+    plain, told = (score(coder, truth, sample, gradients=on) for on in (False, True))
+    slope = loss(truth, sample.x, sample.label)[1]
+    x_hat = np.asarray(coder.decode(coder.encode(sample.x, gradient=slope)))
+    assert told["fvu"] == pytest.approx(metrics.fvu(sample.x, x_hat), rel=1e-3)
+    assert told["fvu"] != pytest.approx(plain["fvu"], rel=0.05)
+
+
+def test_a_direction_lies_in_a_share_of_the_coordinates() -> None:
+    config = PlantedConfig(width=40, n_features=60, mean_active=3.0, support=0.1)
+    directions = plant(config).directions
+    assert ((directions != 0).sum(axis=1) == 4).all()
+    np.testing.assert_allclose(np.linalg.norm(directions, axis=1), 1, rtol=1e-6)
+    assert (np.abs(directions).sum(axis=0) > 0).all()

@@ -91,7 +91,7 @@ def test_a_distilled_encoder_is_kept_beside_its_dictionary(
 ) -> None:
     monkeypatch.setitem(swap.DISTILLED, "epochs", 0.5)
     (line,) = swap.run([DISTILLED], place)
-    assert line["distilled"] == {"learning_rate": 1e-3, "epochs": 0.5}
+    assert line["distilled"] == {"learning_rate": 3e-3, "epochs": 0.5}
     run = load(place.out / "runs/resid-topk-m32-k2-s0")
     kept = load(place.out / "runs/resid-topk-m32-k2-s0-encoder")
     assert artifact.hyperparameters(kept.coder.encoder)["activation"]["name"] == "abs_topk"

@@ -1,0 +1,37 @@
+"""Results of an experiment: a JSON line each, so that one that was killed goes on where it was.
+
+Without a file nothing is found, and nothing written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+Line = dict[str, Any]
+
+
+def find(wanted: Line, file: Path | None) -> Line | None:
+    """The newest line that says all of `wanted`, if any. A line that a kill has cut is no line."""
+    for text in reversed(file.read_text().splitlines() if file and file.exists() else []):
+        with contextlib.suppress(ValueError):
+            line = json.loads(text)
+            if wanted.items() <= line.items():
+                return line
+    return None
+
+
+def add(line: Line, file: Path | None) -> Line:
+    """Write a line, NaN as null; the line as it is read again."""
+    line = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in line.items()}
+    text = json.dumps(line, allow_nan=False)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a+") as lines:
+            lines.seek(0)
+            cut = not ("\n" + lines.read()).endswith("\n")  # by a kill: begin a line of our own
+            lines.write("\n" * cut + text + "\n")
+    return json.loads(text)
