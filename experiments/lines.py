@@ -14,14 +14,20 @@ from typing import Any
 Line = dict[str, Any]
 
 
-def find(wanted: Line, file: Path | None) -> Line | None:
-    """The newest line that says all of `wanted`, if any. A line that a kill has cut is no line."""
-    for text in reversed(file.read_text().splitlines() if file and file.exists() else []):
+def all_of(wanted: Line, file: Path | None) -> list[Line]:
+    """Every line that says all of `wanted`, oldest first. A line that a kill has cut is no line."""
+    found = []
+    for text in file.read_text().splitlines() if file and file.exists() else []:
         with contextlib.suppress(ValueError):
             line = json.loads(text)
             if wanted.items() <= line.items():
-                return line
-    return None
+                found.append(line)
+    return found
+
+
+def find(wanted: Line, file: Path | None) -> Line | None:
+    """The newest of them, if any."""
+    return next(reversed(all_of(wanted, file)), None)
 
 
 def add(line: Line, file: Path | None) -> Line:
