@@ -26,6 +26,7 @@ class SparseCodes(eqx.Module):
         zeros = jnp.zeros((n, self.n_atoms), self.values.dtype)
         return zeros.at[rows, self.indices].add(self.values)  # add: unused slots share indices
 
+    @jax.jit  # a loop outside of jit would be compiled at every call, and kept
     def decode(self, atoms: Float[Array, "m d"]) -> Float[Array, "n d"]:
         """codes @ atoms, at a cost of n k d."""
 

@@ -71,6 +71,7 @@ class Mark:
     best: tuple[Dictionary, AbstractEncoder]
     best_step: int
     best_score: float
+    best_dense: bool  # more nonzeros than the solver aims at: whatever comes next is better
     goal: float  # the score that has to be beaten for the fit to go on
     stale: int  # evaluations in a row that did not
     log_bytes: int
@@ -83,9 +84,8 @@ class Mark:
           UserError: the state holds NaN: the checkpoint before it is kept.
         """
         _check_finite(self.state, self.step)
-        names = ("step", "rows", "best_step", "best_score", "goal", "stale")
-        names += ("log_bytes", "seconds")
-        header = {name: getattr(self, name) for name in names}
+        fields = [field.name for field in dataclasses.fields(self)]
+        header = {name: getattr(self, name) for name in fields if name not in ("state", "best")}
         checkpoints.save(file, (self.state, self.best), of=of, header=header)
 
     @staticmethod
@@ -142,21 +142,26 @@ def train(
                 line = {"step": step, **line, "seconds": time.monotonic() - begun}
                 if not math.isfinite(line["objective"]):
                     raise UserError(_not_finite(job, step, line["objective"], saved_step))
-                best = mark.best, mark.best_step, mark.best_score, mark.goal, mark.stale
+                best = {}
                 if step % every == 0 or step == count:
                     _check_finite(state, step)
                     result = devices.here(solver.result(state), mesh)
                     coder = Coder(job.normaliser, *result)
                     seen = heldout.evaluate(coder, job.parts["validation"], job.bulk)
                     line |= {"validation_fvu": seen.fvu, "validation_fvu_bulk": seen.fvu_bulk}
+                    line |= {"validation_l0": seen.l0}
+                    dense = solver.aim is not None and seen.l0 > _DENSE * solver.aim
                     # Where everything is a carrier (very few dimensions), there is no bulk.
                     score = seen.fvu_bulk if math.isfinite(seen.fvu_bulk) else seen.fvu
-                    best = _better(mark, result, step, score, config.fit.tolerance)
+                    scored = step, score, dense
+                    best = _better(mark, result, *scored, tolerance=config.fit.tolerance)
                     bar.set_postfix_str(f"validation fvu_bulk {seen.fvu_bulk:.4f}", refresh=False)
                 finite = {key: v if math.isfinite(v) else None for key, v in line.items()}
                 log.write((json.dumps(finite) + "\n").encode())
                 seconds = before + time.monotonic() - started
-                mark = Mark(step, state, batches.state, *best, log.tell(), seconds)
+                now = {"step": step, "state": state, "rows": batches.state}
+                now |= {"log_bytes": log.tell(), "seconds": seconds}
+                mark = dataclasses.replace(mark, **now, **best)
                 bar.update()
                 due = time.monotonic() - saved >= 60 * config.fit.checkpoint_minutes
                 due |= step - saved_step == config.fit.checkpoint_steps
@@ -194,7 +199,7 @@ def begin(job: Job, where: str) -> Mark:
         )
     except ValueError as error:
         raise UserError(f"{where}:\n  solver.{error}") from None
-    return Mark(0, state, {"rows": 0}, solver.result(state), 0, 0.0, 0.0, 0, 0, 0.0)
+    return Mark(0, state, {"rows": 0}, solver.result(state), 0, 0.0, False, 0.0, 0, 0, 0.0)
 
 
 class _SameRows:
@@ -230,16 +235,21 @@ def _normalised(normaliser: Normaliser, rows: Any, mesh: Mesh | None) -> Batch:
     return Batch(normaliser.normalise(x), normaliser.scale * gradient)
 
 
+# Times the nonzeros that a solver aims at, beyond which a low error is bought with them.
+_DENSE = 1.1
+
+
 def _better(
-    mark: Mark, result: Any, step: int, score: float, tolerance: float
-) -> tuple[Any, int, float, float, int]:
-    """The fields of the next mark that an evaluation decides."""
-    first = mark.best_step == 0
-    goes_on = first or score < (1 - tolerance) * mark.goal
-    goal, stale = (score, 0) if goes_on else (mark.goal, mark.stale + 1)
-    if first or score < mark.best_score:
-        return result, step, score, goal, stale
-    return mark.best, mark.best_step, mark.best_score, goal, stale
+    mark: Mark, result: Any, step: int, score: float, dense: bool, *, tolerance: float
+) -> dict[str, Any]:
+    """What an evaluation changes in the mark."""
+    first = mark.best_step == 0 or mark.best_dense
+    can_be = first or not dense
+    goes_on = first or (can_be and score < (1 - tolerance) * mark.goal)
+    new: dict[str, Any] = {"goal": score, "stale": 0} if goes_on else {"stale": mark.stale + 1}
+    if first or (can_be and score < mark.best_score):
+        new |= {"best": result, "best_step": step, "best_score": score, "best_dense": dense}
+    return new
 
 
 def _start(job: Job, where: str) -> Dictionary:

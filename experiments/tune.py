@@ -17,22 +17,22 @@ from typing import Any
 
 from activations.config import read_toml, validate
 from activations.terminal import UserError, run_command
+from dictlearn import artifact
 from dictlearn.config import FitConfig
 from dictlearn.fit import fit
 from experiments import lines
 
 
 def best_of(run: Path) -> dict[str, Any]:
-    """The step with the lowest validation fvu_bulk."""
-    lines = [json.loads(line) for line in (run / "train.jsonl").read_text().splitlines()]
-    tried = [line for line in lines if line.get("validation_fvu_bulk") is not None]
-    best = min(tried, key=lambda line: line["validation_fvu_bulk"])
+    """The step that was best on the validation rows."""
+    steps = [json.loads(line) for line in (run / "train.jsonl").read_text().splitlines()]
+    best = steps[artifact.load(run).metrics["best_step"] - 1]
     return {
         "validation_fvu_bulk": best["validation_fvu_bulk"],
-        "at": best["step"] / lines[-1]["step"],
-        "l0": best["l0"],
+        "at": best["step"] / len(steps),
+        "l0": best["validation_l0"],
         "dead": best["dead"],
-        "seconds": sum(line["seconds"] for line in lines),
+        "seconds": sum(line["seconds"] for line in steps),
     }
 
 

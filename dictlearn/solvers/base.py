@@ -60,6 +60,15 @@ class AbstractSolver(eqx.Module, Generic[State]):
     def control(self) -> AbstractEncoder:
         """What codes the control: untrained atoms at the same sparsity."""
 
+    @property
+    def aim(self) -> int | None:
+        """Nonzeros a row, on average, that codes should come to; None: however many.
+
+        States whose codes of the validation rows have more than 1.1 times as many are never best
+        while there is one that does not: a low error would only have been bought.
+        """
+        return None
+
     @abc.abstractmethod
     def init(
         self,

@@ -126,6 +126,11 @@ class SAE(AbstractSolver[_SAEState]):
             )
 
     @property
+    def aim(self) -> int:
+        """Nonzeros a row that codes should come to."""
+        return self.variant.k
+
+    @property
     def control(self) -> AbstractEncoder:
         """What codes the control."""
         return OMP(k=self.variant.k)
@@ -172,6 +177,7 @@ class SAE(AbstractSolver[_SAEState]):
         scale = _best_scale(start, rows, first.prepare(start).encode(rows))
         weight, bias = scale * weight, scale * bias
         u = (rows - start.bias[None]) @ weight.T + bias[None]
+        bias = bias - self.variant.threshold(u)
         parameters = Parameters(start, weight, bias, self.variant.learned(u))
         return _SAEState(
             parameters=parameters,

@@ -77,7 +77,11 @@ class AbstractVariant(eqx.Module):
     k: eqx.AbstractVar[int]
     signed: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset()
-    begins: ClassVar[float] = 0.0  # `running` before the first batch
+
+    @property
+    def begins(self) -> float:
+        """`running` before the first batch."""
+        return 0.0
 
     @abc.abstractmethod
     def codes(self, inputs: Inputs) -> Float[Array, "n m"]:
@@ -92,6 +96,10 @@ class AbstractVariant(eqx.Module):
     def learned(self, u: Float[Array, "n m"]) -> Float[Array, " m"] | None:
         """Parameters of the activation's own, from the first pre-activations."""
         del u
+
+    def threshold(self, u: Float[Array, "n m"]) -> Float[Array, ""]:
+        """What the encoder's bias begins below, from the first pre-activations."""
+        return jnp.zeros((), u.dtype)
 
     def follow(self, running: Float[Array, ""], seen: Seen) -> Float[Array, ""]:
         """`running` after a batch."""
@@ -207,17 +215,19 @@ class ReLU(AbstractVariant):
 
         loss += lambda mean_n ||z_n||_1 / scale
 
-    lambda follows the batches so that a row comes to k nonzeros on average: it is multiplied by
-    (nonzeros / k)^0.02 after each, at most by a factor of e^0.02. Departure: elsewhere lambda is
-    fixed, and a number of nonzeros found by trying.
+    The bias c begins where a row has k nonzeros, and lambda follows the batches so that it keeps
+    them on average: it is multiplied by (nonzeros / k)^0.01 after each, at most by a factor of
+    e^0.01. Departure: elsewhere lambda is fixed, and a number of nonzeros found by trying.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    begins: ClassVar[float] = 0.01
-
     k: _K = eqx.field(static=True)
     name: Literal["relu"] = eqx.field(static=True, default="relu")
+
+    def threshold(self, u: Float[Array, "n m"]) -> Float[Array, ""]:
+        """What the encoder's bias begins below."""
+        return _least(u, self.k)
 
     def codes(self, inputs: Inputs) -> Float[Array, "n m"]:
         """z, to be differentiated by u."""
@@ -229,9 +239,14 @@ class ReLU(AbstractVariant):
         """lambda times the mean L1 norm; atoms have unit norm."""
         return inputs.running * z.sum(axis=1).mean() / scale
 
+    @property
+    def begins(self) -> float:
+        """The first lambda: 1/2 of a code where k equal ones make up the scale."""
+        return 0.5 / self.k**0.5
+
     def follow(self, running: Float[Array, ""], seen: Seen) -> Float[Array, ""]:
         """The next lambda."""
-        return running * jnp.exp(0.02 * jnp.clip(jnp.log(seen.l0 / self.k), -1, 1))
+        return running * jnp.exp(0.01 * jnp.clip(jnp.log(seen.l0 / self.k), -1, 1))
 
     def activation(
         self, learned: Float[Array, " m"] | None, running: Float[Array, ""], n_atoms: int
@@ -263,10 +278,8 @@ class JumpReLU(AbstractVariant):
     name: Literal["jumprelu"] = eqx.field(static=True, default="jumprelu")
 
     def learned(self, u: Float[Array, "n m"]) -> Float[Array, " m"]:
-        """log theta: of the least code of a row with k nonzeros, the mean."""
-        least = jax.lax.top_k(u, self.k)[0][:, -1].mean()
-        tiny = 1e-3 * jnp.abs(u).mean() + jnp.finfo(u.dtype).tiny
-        return jnp.full(u.shape[1], jnp.log(jnp.maximum(least, tiny)))
+        """log theta: the same for all atoms, so that a row has k nonzeros."""
+        return jnp.full(u.shape[1], jnp.log(_least(u, self.k)))
 
     def codes(self, inputs: Inputs) -> Float[Array, "n m"]:
         """z, to be differentiated by u and theta."""
@@ -330,6 +343,12 @@ class GradientTopK(AbstractVariant):
     ) -> activations.AbstractActivation:
         """What the finished encoder has."""
         return activations.GradientTopK(self.k, self.beta, running)
+
+
+def _least(u: Float[Array, "n m"], k: int) -> Float[Array, ""]:
+    """The mean of a row's k-th largest entry, kept above 0."""
+    tiny = 1e-3 * jnp.abs(u).mean() + jnp.finfo(u.dtype).tiny
+    return jnp.maximum(jax.lax.top_k(u, k)[0][:, -1].mean(), tiny)
 
 
 def _mean(running: Float[Array, ""], value: Float[Array, ""]) -> Float[Array, ""]:

@@ -488,3 +488,11 @@ def test_a_killed_overwrite_does_not_cost_the_old_run(here, store):
     with pytest.raises(UserError):
         fit.fit(typed({**table, "solver": {**SAE, "learning_rate": 1e30}}), overwrite=True)
     assert (here / "mine" / artifact.WEIGHTS).read_bytes() == before
+
+
+def test_a_second_fit_compiles_nothing(store: Path, tmp_path: Path, compiled: list[str]) -> None:
+    """What is compiled stays in memory: a notebook that fits again and again would grow."""
+    for name in ("first", "second"):
+        compiled.clear()
+        fit.fit(typed(config_table(store, output=str(tmp_path / name))))
+    assert not compiled

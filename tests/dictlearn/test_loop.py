@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -21,8 +22,11 @@ from activations.terminal import UserError
 from dictlearn import artifact, heldout, report
 from dictlearn.config import FitConfig
 from dictlearn.data import split_by_document, statistics
+from dictlearn.dictionary import Dictionary
 from dictlearn.encoders.nnls import NNLS
+from dictlearn.encoders.omp import OMP
 from dictlearn.fit import fit, go_on
+from dictlearn.loop import Mark, _better
 from dictlearn.solvers import snmf
 from dictlearn.solvers.sae import SAE
 
@@ -121,6 +125,30 @@ def test_the_best_may_lie_before_the_end(store: Store, tmp_path: Path) -> None:
     assert dictlearn.load(run).metrics["best_step"] == min(scores, key=scores.__getitem__)
     assert min(scores, key=scores.__getitem__) < max(scores)
     assert min(scores.values()) < list(scores.values())[-1]
+
+
+def test_a_low_error_bought_with_more_codes_is_not_best(store: Store, tmp_path: Path) -> None:
+    """The L1 norm takes a while to keep ReLU's codes at k."""
+    settings = {"batch_size": 150, "epochs": 60, "evaluate_steps": 24}
+    run = fit(config(store, tmp_path / "run", solver=sae("relu"), fit=settings))
+    tried = [line for line in log_of(run) if "validation_l0" in line]
+    sparse = [line for line in tried if line["validation_l0"] <= 1.1 * K]
+    assert len(sparse) < len(tried)
+    best = min(sparse, key=lambda line: line["validation_fvu_bulk"])
+    assert artifact.load(run).metrics["best_step"] == best["step"]
+    assert min(line["validation_fvu_bulk"] for line in tried) < best["validation_fvu_bulk"]
+
+
+def test_while_all_are_dense_the_newest_is_best() -> None:
+    start = Dictionary(jnp.zeros((1, 1)), jnp.zeros(1)), OMP(k=1)
+    mark = Mark(0, None, {"rows": 0}, start, 0, 0.0, False, 0.0, 0, 0, 0.0)
+    scores = [(0.5, True), (0.8, True), (0.9, False), (0.7, True), (0.6, False)]
+    told = []
+    for step, (score, dense) in enumerate(scores, 1):
+        new = _better(mark, start, step, score, dense, tolerance=0.0)
+        mark = dataclasses.replace(mark, **new)
+        told.append((mark.best_step, mark.best_score, mark.stale))
+    assert told == [(1, 0.5, 0), (2, 0.8, 0), (3, 0.9, 0), (3, 0.9, 1), (5, 0.6, 0)]
 
 
 @pytest.mark.parametrize(("every", "steps"), [(5, [5, 10, 12]), (99, [12])])

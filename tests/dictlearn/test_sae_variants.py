@@ -306,9 +306,9 @@ def test_lambda_grows_while_there_are_too_many_codes() -> None:
         return float(ReLU(10).follow(running, Seen(jnp.float32(l0), running, running)))
 
     assert next_one(10) == pytest.approx(0.5)
-    assert next_one(15) == pytest.approx(0.5 * 1.5**0.02)
-    assert next_one(1000) == pytest.approx(0.5 * np.exp(0.02))
-    assert next_one(0) == pytest.approx(0.5 * np.exp(-0.02))
+    assert next_one(15) == pytest.approx(0.5 * 1.5**0.01)
+    assert next_one(1000) == pytest.approx(0.5 * np.exp(0.01))
+    assert next_one(0) == pytest.approx(0.5 * np.exp(-0.01))
 
 
 # Training on planted rows
