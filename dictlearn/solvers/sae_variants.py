@@ -7,8 +7,6 @@ parameters of the activation's own, `running` one number that follows the batche
 from __future__ import annotations
 
 import abc
-import functools
-from collections.abc import Callable, Iterator
 from typing import Annotated, ClassVar, Literal
 
 import equinox as eqx
@@ -20,11 +18,16 @@ from pydantic import Field
 
 from dictlearn.dictionary import Dictionary
 from dictlearn.encoders import activations, activations_cpu
-
-# u and |<g, d_j>| (where asked for) of a tile of rows, tile after tile.
-Tiles = Callable[[], Iterator[tuple[np.ndarray, np.ndarray | None]]]
-# Codes row by row: where each row's begin [n+1], their indices, their values.
-Rows = tuple[np.ndarray, np.ndarray, np.ndarray]
+from dictlearn.solvers.sae_thresholds import (
+    Rows,
+    Tiles,
+    above,
+    batch_top,
+    batch_top_on_cpu,
+    jump,
+    least,
+    rows_of,
+)
 
 # What a batch counts for in a running mean.
 _NEW = 0.01
@@ -118,16 +121,30 @@ class AbstractVariant(eqx.Module):
         del tiles, n_rows, running
         return None
 
-    def check(self, n_atoms: int) -> None:
-        """Rules that join hyperparameters. Raises ValueError naming the field."""
-        if self.k > n_atoms:
-            raise ValueError(
-                f"k: {self.k} is more than n_atoms = {n_atoms}; "
-                "a row cannot use more atoms than there are"
-            )
+
+class _Largest(AbstractVariant):
+    def codes(self, inputs: Inputs) -> Float[Array, "n m"]:
+        """z, to be differentiated by u."""
+        return self._kind(inputs.u).dense()
+
+    def on_cpu(self, tiles: Tiles, n_rows: int, running: float) -> Rows:
+        """The same by a kernel on the host."""
+        del n_rows, running
+        return rows_of([activations_cpu.largest(u, self.k, signed=self.signed) for u, _ in tiles()])
+
+    def activation(
+        self, learned: Float[Array, " m"] | None, running: Float[Array, ""], n_atoms: int
+    ) -> activations.AbstractActivation:
+        """What the finished encoder has."""
+        del learned, running, n_atoms
+        return self._kind
+
+    @property
+    def _kind(self) -> activations.AbstractActivation:
+        return (activations.AbsTopK if self.signed else activations.TopK)(self.k)
 
 
-class TopK(AbstractVariant):
+class TopK(_Largest):
     """The k largest of each row, where they are above 0."""
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -135,23 +152,8 @@ class TopK(AbstractVariant):
     k: _K = eqx.field(static=True)
     name: Literal["topk"] = eqx.field(static=True, default="topk")
 
-    def codes(self, inputs: Inputs) -> Float[Array, "n m"]:
-        """z, to be differentiated by u."""
-        return activations.TopK(self.k)(inputs.u).dense()
 
-    def on_cpu(self, tiles: Tiles, n_rows: int, running: float) -> Rows:
-        """The same by a kernel on the host."""
-        del running
-        return _rows([activations_cpu.largest(u, self.k) for u, _ in tiles()])
-
-    def activation(
-        self, learned: Float[Array, " m"] | None, running: Float[Array, ""], n_atoms: int
-    ) -> activations.AbstractActivation:
-        """What the finished encoder has."""
-        return activations.TopK(self.k)
-
-
-class AbsTopK(AbstractVariant):
+class AbsTopK(_Largest):
     """The k of each row that are largest in size, with their signs."""
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -160,21 +162,6 @@ class AbsTopK(AbstractVariant):
 
     k: _K = eqx.field(static=True)
     name: Literal["abs_topk"] = eqx.field(static=True, default="abs_topk")
-
-    def codes(self, inputs: Inputs) -> Float[Array, "n m"]:
-        """z, to be differentiated by u."""
-        return activations.AbsTopK(self.k)(inputs.u).dense()
-
-    def on_cpu(self, tiles: Tiles, n_rows: int, running: float) -> Rows:
-        """The same by a kernel on the host."""
-        del running
-        return _rows([activations_cpu.largest(u, self.k, signed=True) for u, _ in tiles()])
-
-    def activation(
-        self, learned: Float[Array, " m"] | None, running: Float[Array, ""], n_atoms: int
-    ) -> activations.AbstractActivation:
-        """What the finished encoder has."""
-        return activations.AbsTopK(self.k)
 
 
 class BatchTopK(AbstractVariant):
@@ -197,7 +184,7 @@ class BatchTopK(AbstractVariant):
 
     def on_cpu(self, tiles: Tiles, n_rows: int, running: float) -> Rows:
         """The same by a kernel on the host."""
-        return _batch_rows(tiles, self.k * n_rows, running)
+        return batch_top_on_cpu(tiles, self.k * n_rows, running)
 
     def follow(self, running: Float[Array, ""], seen: Seen) -> Float[Array, ""]:
         """The running mean of the least code."""
@@ -227,7 +214,7 @@ class ReLU(AbstractVariant):
 
     def threshold(self, u: Float[Array, "n m"]) -> Float[Array, ""]:
         """What the encoder's bias begins below."""
-        return _least(u, self.k)
+        return least(u, self.k)
 
     def codes(self, inputs: Inputs) -> Float[Array, "n m"]:
         """z, to be differentiated by u."""
@@ -279,19 +266,19 @@ class JumpReLU(AbstractVariant):
 
     def learned(self, u: Float[Array, "n m"]) -> Float[Array, " m"]:
         """log theta: the same for all atoms, so that a row has k nonzeros."""
-        return jnp.full(u.shape[1], jnp.log(_least(u, self.k)))
+        return jnp.full(u.shape[1], jnp.log(least(u, self.k)))
 
     def codes(self, inputs: Inputs) -> Float[Array, "n m"]:
         """z, to be differentiated by u and theta."""
         assert inputs.learned is not None
-        return _jump(inputs.u, inputs.learned, self.bandwidth)
+        return jump(inputs.u, inputs.learned, self.bandwidth)
 
     def penalty(
         self, inputs: Inputs, z: Float[Array, "n m"], scale: Float[Array, ""]
     ) -> Float[Array, ""]:
         """How far the nonzeros are from k."""
         assert inputs.learned is not None
-        nonzero = _above(inputs.u, inputs.learned, self.bandwidth)
+        nonzero = above(inputs.u, inputs.learned, self.bandwidth)
         count = jnp.sum(nonzero, axis=1)  # pyright: ignore[reportArgumentType]
         return self.weight * (count.mean() / self.k - 1) ** 2
 
@@ -332,7 +319,7 @@ class GradientTopK(AbstractVariant):
             sums = [float(np.sum(projection)) / u.shape[1] for u, projection in tiles()]  # pyright: ignore
             running = sum(sums) / n_rows
         activation = activations.GradientTopK(self.k, self.beta, jnp.asarray(running))
-        return _rows([activation.largest(u, projection) for u, projection in tiles()])
+        return rows_of([activation.largest(u, projection) for u, projection in tiles()])
 
     def follow(self, running: Float[Array, ""], seen: Seen) -> Float[Array, ""]:
         """The running mean |<g, d_j>|."""
@@ -345,95 +332,7 @@ class GradientTopK(AbstractVariant):
         return activations.GradientTopK(self.k, self.beta, running)
 
 
-def _least(u: Float[Array, "n m"], k: int) -> Float[Array, ""]:
-    """The mean of a row's k-th largest entry, kept above 0."""
-    tiny = 1e-3 * jnp.abs(u).mean() + jnp.finfo(u.dtype).tiny
-    return jnp.maximum(jax.lax.top_k(u, k)[0][:, -1].mean(), tiny)
-
-
 def _mean(running: Float[Array, ""], value: Float[Array, ""]) -> Float[Array, ""]:
     """The running mean after another value, if there is one; 0 before the first."""
     new = jnp.where(running > 0, (1 - _NEW) * running + _NEW * value, value)
     return jnp.where(jnp.isfinite(value), new, running)
-
-
-def batch_top(u: Float[Array, "n m"], k: int) -> Float[Array, "n m"]:
-    """The k n largest entries of u that are above 0; all of those that equal the last one.
-
-    The last one is found bit by bit: positive floats are in the order of their bits.
-    """
-    n = len(u)
-    kind, top = (jnp.int32, 30) if u.dtype == jnp.float32 else (jnp.int64, 62)
-    bits = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(jax.nn.relu(u)), kind)
-
-    def with_bit(step: Array, floor: Array) -> Array:
-        higher = floor | (jnp.ones((), kind) << (top - step).astype(kind))
-        return jnp.where(jnp.sum(bits >= higher) >= k * n, higher, floor)
-
-    floor = jax.lax.fori_loop(0, top + 1, with_bit, jnp.zeros((), kind))
-    return jnp.where(bits >= jnp.maximum(floor, 1), u, 0)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _jump(
-    u: Float[Array, "n m"], log_theta: Float[Array, " m"], bandwidth: float
-) -> Float[Array, "n m"]:
-    """u above theta, else 0."""
-    return jnp.where(u > jnp.exp(log_theta)[None], u, 0)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _above(
-    u: Float[Array, "n m"], log_theta: Float[Array, " m"], bandwidth: float
-) -> Float[Array, "n m"]:
-    """1 above theta, else 0."""
-    return (u > jnp.exp(log_theta)[None]).astype(u.dtype)
-
-
-def _ramp(u: Array, log_theta: Array, bandwidth: float, cotangent: Array) -> Array:
-    """Cotangents of log theta, for a jump of height 1: minus the ramp's slope, times theta."""
-    near = jnp.abs(u / jnp.exp(log_theta)[None] - 1) < bandwidth / 2
-    return -jnp.sum(jnp.where(near, cotangent, 0), axis=0) / bandwidth
-
-
-def _jump_back(bandwidth: float, inputs: tuple[Array, Array], z: Array) -> tuple[Array, Array]:
-    u, log_theta = inputs
-    slope = _ramp(u, log_theta, bandwidth, z) * jnp.exp(log_theta)
-    return jnp.where(u > jnp.exp(log_theta)[None], z, 0), slope
-
-
-def _above_back(bandwidth: float, inputs: tuple[Array, Array], h: Array) -> tuple[Array, Array]:
-    return jnp.zeros_like(h), _ramp(*inputs, bandwidth, h)
-
-
-_jump.defvjp(
-    lambda u, log_theta, bandwidth: (_jump(u, log_theta, bandwidth), (u, log_theta)), _jump_back
-)
-_above.defvjp(
-    lambda u, log_theta, bandwidth: (_above(u, log_theta, bandwidth), (u, log_theta)), _above_back
-)
-
-
-def _rows(parts: list[tuple[np.ndarray, np.ndarray]]) -> Rows:
-    """Codes of tiles [t k] without their zeros."""
-    indices, values = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    used = values != 0
-    return np.concatenate([[0], np.cumsum(used.sum(axis=1))]), indices[used], values[used]
-
-
-def _batch_rows(tiles: Tiles, count: int, running: float) -> Rows:
-    """`batch_top` by a kernel on the host: candidates are what is above half the last threshold."""
-    for floor in (running / 2, 0.0):
-        parts = [activations_cpu.above(u, np.full(u.shape[1], floor, u.dtype)) for u, _ in tiles()]
-        starts, indices, values = zip(*parts, strict=True)
-        index, value = np.concatenate(indices), np.concatenate(values)
-        if len(value) >= count:
-            break
-    if len(value) > count:
-        least = np.partition(value, len(value) - count)[len(value) - count]
-        kept = value >= least
-    else:
-        kept = np.ones(len(value), bool)
-    per_row = np.concatenate([np.diff(start) for start in starts])
-    start = np.concatenate([[0], np.cumsum(per_row)])
-    return np.concatenate([[0], np.cumsum(kept)])[start], index[kept], value[kept]

@@ -16,6 +16,7 @@ from dictlearn.encoders.base import AbstractEncoder
 from dictlearn.solvers import sae_cpu
 from dictlearn.solvers.base import Batch, Info
 from dictlearn.solvers.sae import SAE, _aux, _SAEState, _slope, geometric_median
+from dictlearn.solvers.sae_thresholds import batch_top, batch_top_on_cpu
 from dictlearn.solvers.sae_variants import (
     AbsTopK,
     AbstractVariant,
@@ -28,8 +29,6 @@ from dictlearn.solvers.sae_variants import (
     Seen,
     Told,
     TopK,
-    _batch_rows,
-    batch_top,
 )
 
 KEY = jax.random.key(0)
@@ -185,7 +184,7 @@ def test_batch_topk_keeps_the_largest_of_the_batch(name: str, k: int, dtype: typ
             def tiles() -> Any:
                 return iter([(u[:4], None), (u[4:], None)] if len(u) > 4 else [(u, None)])
 
-            start, index, value = _batch_rows(tiles, k * len(u), float(running))
+            start, index, value = batch_top_on_cpu(tiles, k * len(u), float(running))
             on_host = np.zeros_like(u)
             on_host[np.repeat(np.arange(len(u)), np.diff(start)), index] = value
             np.testing.assert_array_equal(on_host, expected)
