@@ -44,7 +44,7 @@ _OMP = {"name": "omp"}
 _LONG = {"batch_size": 4096, "epochs": 4}
 _SHORT = {"batch_size": 4096, "epochs": 0.1}  # steps only measure
 _SMALLEST = 64
-_SNMF_LOOP = {"epochs": 300, "evaluate_steps": 25, "patience": 3, "tolerance": 1e-3}
+_SNMF_LOOP = {"epochs": 400, "evaluate_steps": 25, "patience": 3, "tolerance": 1e-3}
 
 
 def _sae(name: str, variant: str, **more: Any) -> dict[str, Any]:
