@@ -57,6 +57,12 @@ def fit(
     if not devices.leads():
         train(job, first, None)
         return config.output or Path("runs")
+    usual = config.solver.usual_hook
+    if not config.data.hook.endswith(usual):
+        report.say(
+            f"{config.solver.name} of {config.data.hook}: allowed, but unusual; it is meant for "
+            f"hooks such as blocks.N{usual}"
+        )
     with artifact.directory(config.output, config.name, overwrite=overwrite) as run:
         replace_file(run / "config.toml", tomli_w.dumps(job.table).encode())
         _finish(job, run, train(job, first, run))

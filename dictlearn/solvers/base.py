@@ -50,10 +50,12 @@ class AbstractSolver(eqx.Module, Generic[State]):
     Attributes:
       needs: "gradient": batches carry the loss gradient. "all rows": every batch is the whole
         training data, in one order, at most `max_rows` (a field of such solvers) rows.
+      usual_hook: what the names of the hooks end with that the solver is meant for.
     """
 
     n_atoms: eqx.AbstractVar[int]
     needs: ClassVar[frozenset[str]] = frozenset()
+    usual_hook: ClassVar[str] = ""
 
     @property
     @abc.abstractmethod

@@ -75,6 +75,7 @@ class SNMF(AbstractSolver[_SNMFState]):
 
     __pydantic_config__ = {"extra": "forbid"}
     needs: ClassVar[frozenset[str]] = frozenset({"all rows"})
+    usual_hook: ClassVar[str] = ".mlp.hook_post"
 
     n_atoms: Annotated[int, Field(gt=0)] = eqx.field(static=True)
     start: Literal["random", "svd", "kmeans"] = eqx.field(static=True, default="kmeans")

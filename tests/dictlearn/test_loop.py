@@ -241,6 +241,9 @@ def assert_same_run(one: Path, other: Path) -> None:
 def test_snmf_end_to_end(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = {"centre": False}
     run = fit(config(store, tmp_path / "run", solver=SNMF, data=data, fit={"epochs": 9}))
+    said = capsys.readouterr().out
+    assert f"snmf of {HOOK}: allowed, but unusual" in said
+    assert "blocks.N.mlp.hook_post" in said
     log, loaded = log_of(run), dictlearn.load(run)
     objectives = [line["objective"] for line in log]
     assert len(log) == 9
