@@ -122,6 +122,16 @@ def check_store(config: FitConfig, store: Store, where: str) -> None:
         )
 
 
+def check_most(config: FitConfig, rows: int, where: str) -> None:
+    """Whether a solver that holds all training rows may hold so many."""
+    most = getattr(config.solver, "max_rows", None)
+    if most is not None and rows > most:
+        raise UserError(
+            f"{where}:\n  solver.max_rows: {config.solver.name} holds all training rows at once, "
+            f"at most {most:,}, and the store has {rows:,}. Raise it, or harvest less"
+        )
+
+
 def recipe_of(config: FitConfig, where: str) -> HarvestConfig | None:
     """The [harvest] section, typed; `store` comes from [data]."""
     if config.harvest is None:

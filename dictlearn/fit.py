@@ -23,7 +23,7 @@ from activations.store import Store
 from activations.terminal import UserError, run_command
 from activations.verify import verify as verify_store
 from dictlearn import artifact, devices, heldout, report
-from dictlearn.config import FitConfig, check_store, recipe_of, resolved
+from dictlearn.config import FitConfig, check_most, check_store, recipe_of, resolved
 from dictlearn.data import Rows, split_by_document, statistics
 from dictlearn.dictionary import Coder
 from dictlearn.loop import Job, begin, train
@@ -117,12 +117,7 @@ def prepare(config: FitConfig, where: str, *, verify: bool = False) -> Job:
         leave_out_massive=config.data.leave_out_massive,
         centre=config.data.centre,
     )
-    most = getattr(config.solver, "max_rows", None)
-    if most is not None and len(fitted) > most:
-        raise UserError(
-            f"{where}:\n  solver.max_rows: {config.solver.name} holds all training rows at once, "
-            f"at most {most:,}, and the store has {len(fitted):,}. Raise it, or harvest less"
-        )
+    check_most(config, len(fitted), where)
     size = config.fit.batch_size or len(fitted)
     if size > len(fitted):
         raise UserError(

@@ -7,7 +7,7 @@ import math
 from activations.precision import DTYPES
 from activations.store import Store
 from dictlearn import artifact
-from dictlearn.config import FitConfig, recipe_of
+from dictlearn.config import FitConfig, check_most, check_store, recipe_of
 
 
 def n_steps(rows: int | float, size: int) -> int:
@@ -36,6 +36,7 @@ def plan(config: FitConfig, where: str, *, overwrite: bool) -> dict[str, str]:
             total = rows * (item * width * datasets + 24)  # rows, columns, sequences
     else:
         store = Store(config.data.store)
+        check_store(config, store, where)
         rows, width = len(store), store.width(config.data.hook)
         about, total = "", sum(shard.bytes for shard in store.manifest.shards)
     lines["tokens"] = f"{about}{rows:,}" if rows is not None else unknown
@@ -43,6 +44,7 @@ def plan(config: FitConfig, where: str, *, overwrite: bool) -> dict[str, str]:
     lines["steps"] = lines["memory"] = unknown
     if rows is not None:
         train = (1 - config.data.validation - config.data.test) * rows
+        check_most(config, int(train), where)
         size = config.fit.batch_size or math.ceil(train)
         count = n_steps(config.fit.epochs * train, size)
         lines["steps"] = f"about {count:,} of {size:,} rows"

@@ -27,6 +27,7 @@ from dictlearn.encoders.nnls import NNLS
 from dictlearn.encoders.omp import OMP
 from dictlearn.fit import fit, go_on
 from dictlearn.loop import Mark, _better
+from dictlearn.plan import plan
 from dictlearn.solvers import snmf
 from dictlearn.solvers.sae import SAE
 
@@ -290,6 +291,9 @@ def test_snmf_of_more_rows_than_it_may_hold(store: Store, tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r"solver\.max_rows: snmf .* 899, and the store has 900"):
         fit(config(store, tmp_path / "run", solver=few, fit={"epochs": 1}))
     assert not (tmp_path / "run").exists()
+    fewer = config(store, tmp_path / "run", solver=SNMF | {"max_rows": 100}, fit={"epochs": 1})
+    with pytest.raises(UserError, match=r"solver\.max_rows"):  # about so many rows, in a dry run
+        plan(fewer, "test", overwrite=False)
     fit(config(store, tmp_path / "run", solver=SNMF | {"max_rows": 900}, fit={"epochs": 1}))
 
 
@@ -319,6 +323,8 @@ def test_snmf_that_was_stopped_ends_the_same(
 def test_gradients_that_are_not_there(store: Store, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"harvested without gradients.*gradients = true"):
         fit(config(store, tmp_path / "run", solver=sae("gradient_topk")))
+    with pytest.raises(UserError, match="harvested without gradients"):
+        plan(config(store, tmp_path / "run", solver=sae("gradient_topk")), "x", overwrite=False)
     assert not (tmp_path / "run").exists()
 
 
