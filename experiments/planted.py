@@ -93,8 +93,8 @@ SOLVERS: dict[str, dict[str, Any]] = {
     # The same, and its codes are told the gradients, which know the labels: no rival of the others.
     "gradient_topk-told": _sae("gradient_topk", 3e-2),
     "snmf": _snmf(1.0),
-    "snmf-5%": _snmf(0.05),
-    "snmf-10%": _snmf(0.10),
+    "snmf-wta5": _snmf(0.05),
+    "snmf-wta10": _snmf(0.10),
     "data_rows": {
         "solver": {"name": "untrained", "atoms": "data_rows", "encoder": _OMP},
         "fit": _SHORT,
@@ -163,19 +163,25 @@ def coder_of(job: Job, truth: Truth, out: Path) -> tuple[Coder, dict[str, Any]]:
     if job.system == "random":
         rng = np.random.default_rng(job.seed)
         return recovery.plain_coder(rng.standard_normal(truth.directions.shape), encoder), {}
-    name = f"{job.size}-{job.seed}"
-    place = make_store(out / "stores" / name, truth, SIZES[job.size][1])
-    table = {key: identity[key] for key in ("seed", "solver", "fit")} | {
-        "name": f"planted-{job.system}",
-        "data": identity["data"] | {"store": str(place), "hook": planted.HOOK},
-        "output": str(out / "runs" / f"{name}-{job.system}"),
-    }
-    config = validate(FitConfig, table, f"SOLVERS[{job.system!r}]")
+    config = config_of(job, out)
+    make_store(config.data.store, truth, SIZES[job.size][1])
     run = artifact.load(fit(config, overwrite=True))
     return run.coder, {"seconds": run.metrics["seconds"]}
 
 
-def make_store(path: Path, truth: Truth, n_rows: int) -> Path:
+def config_of(job: Job, out: Path) -> FitConfig:
+    """How a solver is fitted, and where to."""
+    identity, name = job.identity(), f"{job.size}-{job.seed}"
+    store = {"store": str(out / "stores" / name), "hook": planted.HOOK}
+    table = {key: identity[key] for key in ("seed", "solver", "fit")} | {
+        "name": f"planted-{job.system}",
+        "data": identity["data"] | store,
+        "output": str(out / "runs" / f"{name}-{job.system}"),
+    }
+    return validate(FitConfig, table, f"SOLVERS[{job.system!r}]")
+
+
+def make_store(path: Path, truth: Truth, n_rows: int) -> None:
     """The store at `path`, made where it is missing; what a kill left is begun anew."""
     if not path.exists():
         begun = path.with_name(f".{path.name}.partial")
@@ -185,7 +191,6 @@ def make_store(path: Path, truth: Truth, n_rows: int) -> Path:
     there = Store(path).manifest.request
     if there != {"planted": dataclasses.asdict(truth.config), "n_rows": n_rows}:
         raise UserError(f"{path}: holds other planted rows. Delete it, or name another --out.")
-    return path
 
 
 def run(jobs: list[Job], out: Path) -> list[Line]:
