@@ -177,7 +177,7 @@ def _unfinished(run: Path, old: Path | None) -> Iterator[None]:
         if isinstance(error, KeyboardInterrupt) and stays:
             raise KeyboardInterrupt(kept) from None
         if isinstance(error, UserError) and stays:
-            raise UserError(f"{error}\n{kept}") from None
+            raise type(error)(f"{error}\n{kept}") from None
         raise
     (run / CHECKPOINT).unlink(missing_ok=True)
     if old is not None:
@@ -307,13 +307,13 @@ def _arrays(arrays: dict[str, np.ndarray], prefix: str, *names: str) -> list[jax
 
 
 def _json(table: dict[str, Any]) -> bytes:
-    return (json.dumps(_finite(table), indent=1, default=str, allow_nan=False) + "\n").encode()
+    return (json.dumps(finite(table), indent=1, default=str, allow_nan=False) + "\n").encode()
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The same with null for every number that is not finite: JSON has none of those."""
     if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
+        return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(inner) for inner in value]
+        return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

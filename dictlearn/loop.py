@@ -61,6 +61,10 @@ class Job:
         return {**{k: self.table.get(k) for k in keys}, "data": data, "fit": loop, "store": store}
 
 
+class DivergedError(UserError):
+    """A step gave NaN or infinity."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Mark:
     """How far a fit is, after a whole step."""
@@ -81,7 +85,7 @@ class Mark:
         """Write the checkpoint.
 
         Raises:
-          UserError: the state holds NaN: the checkpoint before it is kept.
+          DivergedError: the state holds NaN: the checkpoint before it is kept.
         """
         _check_finite(self.state, self.step)
         fields = [field.name for field in dataclasses.fields(self)]
@@ -141,7 +145,7 @@ def train(
                 line = {name: value.item() for name, value in vars(info).items()}
                 line = {"step": step, **line, "seconds": time.monotonic() - begun}
                 if not math.isfinite(line["objective"]):
-                    raise UserError(_not_finite(job, step, line["objective"], saved_step))
+                    raise DivergedError(_not_finite(job, step, line["objective"], saved_step))
                 best = {}
                 if step % every == 0 or step == count:
                     _check_finite(state, step)
@@ -270,7 +274,7 @@ def _start(job: Job, where: str) -> Dictionary:
 def _check_finite(state: Any, step: int) -> None:
     floats = jax.tree.leaves(eqx.filter(state, eqx.is_inexact_array))
     if not all(np.isfinite(np.asarray(leaf)).all() for leaf in floats):
-        raise UserError(f"step {step}: the solver's state holds NaN or infinity")
+        raise DivergedError(f"step {step}: the solver's state holds NaN or infinity")
 
 
 def _not_finite(job: Job, step: int, objective: float, saved_step: int) -> str:

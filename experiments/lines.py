@@ -7,11 +7,21 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 from pathlib import Path
 from typing import Any
 
+from dictlearn.artifact import finite
+from dictlearn.config import FitConfig, resolved
+
 Line = dict[str, Any]
+
+
+def settings_of(config: FitConfig) -> Line:
+    """All that decides what a fit gives, but for the rows; defaults are written out."""
+    table = resolved(config, None)
+    data = {key: value for key, value in table["data"].items() if key not in ("store", "hook")}
+    own = {key: table[key] for key in ("seed", "solver", "fit")}
+    return own | {"hook": config.data.hook, "data": data}
 
 
 def all_of(wanted: Line, file: Path | None) -> list[Line]:
@@ -32,8 +42,7 @@ def find(wanted: Line, file: Path | None) -> Line | None:
 
 def add(line: Line, file: Path | None) -> Line:
     """Write a line, NaN as null; the line as it is read again."""
-    line = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in line.items()}
-    text = json.dumps(line, allow_nan=False)
+    text = json.dumps(finite(line), allow_nan=False)
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("a+") as lines:

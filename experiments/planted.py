@@ -104,11 +104,9 @@ SOLVERS: dict[str, dict[str, Any]] = {
         "fit": _SHORT,
     },
 }
-# Sizes whose fits are shorter: one for tests, and one since every step is long.
-SHORTER: dict[str, dict[str, Any]] = {
-    "quick": {"batch_size": 256, "epochs": 2},
-    "large": {"batch_size": 8192, "epochs": 2},
-}
+# For tests; and for KSVD where every step is long.
+_SHORTER = {"batch_size": 256, "epochs": 2}
+_LARGE = {"batch_size": 8192, "epochs": 2}
 REFERENCES = ("oracle", "oracle-centred", "random")
 
 COLUMNS = {
@@ -132,30 +130,39 @@ class Job:
         """The config of the truth."""
         return PlantedConfig(**SIZES[self.size][0], seed=self.seed)
 
+    @property
+    def k(self) -> int:
+        """Features that fire in a row on average."""
+        return round(self.planted.mean_active)
+
     def identity(self) -> dict[str, Any]:
-        """What a line must say to be the line of this job; [solver] and [fit] but of references."""
+        """What a line must say to be the line of this job."""
         config, rows = dataclasses.asdict(self.planted), list(SIZES[self.size][1:])
-        k = round(self.planted.mean_active)
-        line = dataclasses.asdict(self) | {"planted": config, "rows": rows, "k": k}
+        line = dataclasses.asdict(self) | {"planted": config, "rows": rows, "k": self.k}
         if self.system in REFERENCES:
             return line
+        return line | lines.settings_of(config_of(self, Path()))
+
+    def tables(self) -> dict[str, Any]:
+        """[solver], [fit] and [data] for this size."""
         tables = copy.deepcopy(SOLVERS[self.system])
         atoms = self.planted.n_features * (2 if self.system.endswith("-2m") else 1)
         tables["solver"].setdefault("n_atoms", atoms)
         for part in ("encoder", "variant"):
-            tables["solver"].get(part, {}).setdefault("k", k)
+            tables["solver"].get(part, {}).setdefault("k", self.k)
         loop: dict[str, Any] = tables["fit"]
-        shorter = SHORTER.get(self.size.removesuffix("-rough")) or loop
+        size = self.size.removesuffix("-rough")
+        large = size == "large" and tables["solver"]["name"] == "ksvd"
+        shorter = _SHORTER if size == "quick" else _LARGE if large else loop
         loop["epochs"] = min(shorter["epochs"], loop["epochs"])
         if "batch_size" in loop:
             loop["batch_size"] = shorter["batch_size"]
-        return line | {"data": {}} | tables
+        return {"data": {}} | tables
 
 
 def coder_of(job: Job, truth: Truth, out: Path) -> tuple[Coder, dict[str, Any]]:
     """What is to be scored, and how long it took to fit."""
-    identity = job.identity()
-    encoder = OMP(k=identity["k"])
+    encoder = OMP(k=job.k)
     if job.system == "oracle":
         return recovery.oracle(truth, encoder), {}
     if job.system == "oracle-centred":
@@ -171,11 +178,12 @@ def coder_of(job: Job, truth: Truth, out: Path) -> tuple[Coder, dict[str, Any]]:
 
 def config_of(job: Job, out: Path) -> FitConfig:
     """How a solver is fitted, and where to."""
-    identity, name = job.identity(), f"{job.size}-{job.seed}"
+    tables, name = job.tables(), f"{job.size}-{job.seed}"
     store = {"store": str(out / "stores" / name), "hook": planted.HOOK}
-    table = {key: identity[key] for key in ("seed", "solver", "fit")} | {
+    table = tables | {
         "name": f"planted-{job.system}",
-        "data": identity["data"] | store,
+        "seed": job.seed,
+        "data": tables["data"] | store,
         "output": str(out / "runs" / f"{name}-{job.system}"),
     }
     return validate(FitConfig, table, f"SOLVERS[{job.system!r}]")

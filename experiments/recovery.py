@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from activations.terminal import UserError, run_command
+from dictlearn import artifact
 from dictlearn.dictionary import Dictionary
 from dictlearn.encoders.omp import OMP
 from dictlearn.solvers.base import Batch
@@ -137,6 +138,15 @@ def _clean(d: np.ndarray, z: np.ndarray, x: np.ndarray, error: np.ndarray) -> No
             d[j] = x[worst] / np.linalg.norm(x[worst])
 
 
+def _settings(system: str) -> dict[str, Any] | None:
+    """Of one of ours, defaults written out."""
+    if system not in OURS:
+        return None
+    settings = dict(OURS[system])
+    size = {"batch_size": settings.pop("batch_size", N)}
+    return size | artifact.hyperparameters(KSVD(M, OMP(k=K), **settings))
+
+
 System = Callable[[Trial, int], np.ndarray]
 
 
@@ -168,7 +178,7 @@ def run(
                     "snr": None if math.isinf(snr) else snr,
                     "trial": number,
                     "coefficients": coefficients,
-                    "settings": OURS.get(system),
+                    "settings": _settings(system),
                 }
                 line = lines.find(identity, file)
                 if line is None:

@@ -10,11 +10,11 @@ experiment that was killed goes on where it stopped.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import itertools
 import shutil
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from activations.config import read_toml, validate
 from activations.store import Store
 from activations.terminal import UserError, run_command
 from dictlearn import artifact, fit_encoder, recode
+from dictlearn.checkpoint import CheckpointError
 from dictlearn.config import FitConfig, resolved
 from dictlearn.encoders import activations
 from dictlearn.encoders.base import AbstractEncoder
@@ -139,11 +140,8 @@ def config_of(cell: Cell, place: Place) -> FitConfig:
 
 def identity(cell: Cell, place: Place, sha256: str) -> Line:
     """What a line must say to be the line of this cell; `sha256` is of the store's manifest."""
-    tables = resolved(config_of(cell, place), None)
-    data = {key: value for key, value in tables["data"].items() if key not in ("store", "hook")}
-    line = {"table": place.table, "store": sha256, "hook": place.hook}
-    line |= dataclasses.asdict(cell)
-    line |= {"data": data, "solver": tables["solver"], "fit": tables["fit"]}
+    line = {"table": place.table, "store": sha256} | dataclasses.asdict(cell)
+    line |= lines.settings_of(config_of(cell, place))
     return line | ({"distilled": DISTILLED} if cell.encoder == "distilled" else {})
 
 
@@ -159,7 +157,8 @@ def fitted(config: FitConfig, sha256: str) -> artifact.Run:
     shutil.rmtree(_encoder_place(output), ignore_errors=True)  # it was of other atoms
     begun = (output / artifact.UNFINISHED).exists() and (output / artifact.CHECKPOINT).exists()
     if begun and read_toml(output / "config.toml", []) == wanted:
-        return artifact.load(go_on(output))
+        with contextlib.suppress(CheckpointError):  # damaged, or of another store
+            return artifact.load(go_on(output))
     return artifact.load(fit(config, where=config.name, overwrite=True))
 
 
@@ -196,14 +195,10 @@ def encoder_of(name: str, run: artifact.Run, k: int) -> AbstractEncoder:
 
 
 def measure(cell: Cell, place: Place, sha256: str) -> Line:
-    """Figures of the test rows, seconds of the fit and of coding (its compilation included)."""
+    """Figures of the test rows, and seconds of the fit."""
     run = fitted(config_of(cell, place), sha256)
-    encoder = encoder_of(cell.encoder, run, cell.k)
-    started = time.monotonic()
-    seen = recode(run, encoder).metrics
-    line = {key: seen[key] for key in _KEPT}
-    line |= {"seconds": run.metrics["seconds"], "seconds_recoding": time.monotonic() - started}
-    return line
+    seen = recode(run, encoder_of(cell.encoder, run, cell.k)).metrics
+    return {key: seen[key] for key in _KEPT} | {"seconds": run.metrics["seconds"]}
 
 
 def run(cells: list[Cell], place: Place) -> list[Line]:
@@ -261,6 +256,8 @@ def main() -> None:
     sizes = numbers("--n-atoms", arguments.n_atoms or usual, least=1)
     nonzeros = numbers("--k", arguments.k, least=1)
     seeds = numbers("--seeds", arguments.seeds, least=0)
+    if max(nonzeros) > min(sizes):
+        raise UserError(f"--k: {max(nonzeros)} is more than --n-atoms has: {min(sizes)}")
     place = Place(table, arguments.store, arguments.hook, arguments.epochs, arguments.out)
     cells = [  # seeds first: tables are whole early
         Cell(dictionary, encoder, m, k, seed)

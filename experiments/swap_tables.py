@@ -83,7 +83,11 @@ def _mean(values: Sequence[float], figure: str) -> str:
 
 
 def _difference(values: Sequence[float], figure: str) -> str:
-    """Mean, its standard error, and the 95 % interval of Student's t, where there are several."""
+    """Mean, its standard error, and the 95 % interval of Student's t, where there are several.
+
+    Seeds split the same documents anew, so that their figures are not independent: the interval
+    tells how seeds vary, and is too narrow for other text.
+    """
     digits = _digits(figure)
     if not values:
         return ""

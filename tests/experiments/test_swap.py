@@ -13,6 +13,7 @@ import pytest
 
 from activations.terminal import UserError
 from dictlearn import artifact, load
+from dictlearn.checkpoint import CheckpointError
 from dictlearn.config import FitConfig
 from evals import planted
 from evals.planted import PlantedConfig
@@ -131,6 +132,14 @@ def test_a_killed_fit_goes_on(
     swap.fitted(config, "")
     swap.fitted(dataclasses.replace(config, seed=1), "")
     assert calls == ["fit", "go_on", "fit"]
+
+    def refuses(*arguments: object, **settings: object) -> Path:
+        calls.append("refused")
+        raise CheckpointError("of another store")
+
+    monkeypatch.setattr(swap, "go_on", refuses)
+    swap.fitted(config, "")
+    assert calls[3:] == ["refused", "fit"]
     assert not swap._encoder_place(run).exists()  # of atoms that are no more
 
 
@@ -187,7 +196,7 @@ def test_a_column_can_be_compared_too() -> None:
         ("--figure", "loss", "--figure: no 'loss' among fvu_bulk"),
         ("--seeds", "0,x", "--seeds: expected numbers"),
         ("--k", "0", "--k: expected numbers"),
-        ("--k", "64", "k: 64 is more than n_atoms = 32"),
+        ("--k", "64", "--k: 64 is more than --n-atoms has: 32"),
         ("--epochs", "0", "fit.epochs"),
         ("--hook", "blocks.7.hook", "blocks.7.hook"),
     ],

@@ -1,0 +1,159 @@
+"""Tuning over a grid, and quality against cost: what is fitted, kept, chosen and told."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+from activations.terminal import UserError
+from dictlearn import load
+from dictlearn.loop import DivergedError
+from evals import planted
+from evals.planted import PlantedConfig
+from experiments import budget, tune
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config of a TopK SAE on 8,000 planted rows of width 16."""
+    folder = tmp_path_factory.mktemp("tune")
+    truth = planted.plant(PlantedConfig(width=16, n_features=40, mean_active=2.0))
+    planted.store(folder / "store", truth, 8_000)
+    table = {
+        "name": "tuned",
+        "data": {"store": str(folder / "store"), "hook": planted.HOOK},
+        "solver": {"name": "sae", "n_atoms": 40, "variant": {"name": "topk", "k": 2}},
+        "fit": {"batch_size": 256, "epochs": 1},
+    }
+    (folder / "config.toml").write_text(tomli_w.dumps(table))
+    return folder / "config.toml"
+
+
+def no_fit(*arguments: object, **settings: object) -> Path:
+    raise AssertionError("fitted again")
+
+
+def test_every_point_is_fitted_once(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, grid = tmp_path / "lines.jsonl", ["solver.learning_rate=1e-3,1e-2"]
+    found = tune.run(config, [], grid, file)
+    assert [line["solver"]["learning_rate"] for line in found] == [1e-3, 1e-2]
+    assert found[1]["validation_fvu_bulk"] < found[0]["validation_fvu_bulk"]
+    assert all(line["l0"] == 2 and 0 < line["at"] <= 1 for line in found)
+    monkeypatch.setattr(tune, "fit", no_fit)
+    assert tune.run(config, [], grid, file) == found
+    other = config.with_name("other.toml")
+    other.write_text(config.read_text().replace("epochs = 1", "epochs = 2"))
+    other.replace(config)  # under the same name
+    with pytest.raises(AssertionError, match="fitted again"):
+        tune.run(config, [], grid, file)
+
+
+def test_a_fit_that_diverges_is_a_result(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverges(*arguments: object, **settings: object) -> Path:
+        raise DivergedError("step 3: the objective is nan")
+
+    monkeypatch.setattr(tune, "fit", diverges)
+    (line,) = tune.run(config, [], ["solver.learning_rate=0.5"], tmp_path / "lines.jsonl")
+    assert "step 3: the objective is nan" in line["failed"]
+    assert "solver.learning_rate=0.5" in line["failed"]
+
+
+@pytest.mark.parametrize(
+    ("fixed", "grid", "message"),
+    [
+        ([], "solver.learing_rate=1e-3,1e-2", "learing_rate"),
+        (['data.store="nowhere"'], "seed=1,2", "nowhere"),
+        ([], "seed", "expected key=value"),
+    ],
+)
+def test_a_mistake_is_no_result(
+    config: Path, tmp_path: Path, fixed: list[str], grid: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        tune.run(config, fixed, [grid], tmp_path / "lines.jsonl")
+    assert not (tmp_path / "lines.jsonl").exists()
+
+
+def test_an_axis_of_tables() -> None:
+    text = 'solver.variant={name="topk",k=2},{name="relu",k=2}'
+    assert tune.axis(text) == [
+        'solver.variant={name="topk",k=2}',
+        'solver.variant={name="relu",k=2}',
+    ]
+    assert tune.axis("seed=0,1") == ["seed=0", "seed=1"]
+
+
+def asked(config: Path, out: Path, **more: Any) -> argparse.Namespace:
+    return argparse.Namespace(
+        **{
+            "store": config.parent / "store", "hook": planted.HOOK, "out": out, "system": "topk",
+            "n_atoms": 40, "k": 2, "epochs": "0.5", "learning_rates": "1e-3,1e-2", "seeds": "0",
+        } | more
+    )  # fmt: skip
+
+
+def test_budget_keeps_systems_apart_and_fits_once(
+    config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert len(budget.run(asked(config, tmp_path))) == 2
+    assert len(budget.run(asked(config, tmp_path, k=4, learning_rates="1e-2"))) == 3
+    found = budget.run(asked(config, tmp_path, system="ksvd"))
+    assert [(line["system"], line["k"]) for line in found] == [
+        ("topk", 2), ("topk", 2), ("topk", 4), ("ksvd", 2),
+    ]  # fmt: skip
+    for line in found:
+        choice = [line[key] for key in ("seed", "epochs", "learning_rate") if key in line]
+        name = "-".join(map(str, (line["system"], 40, line["k"], *choice)))
+        run = load(tmp_path / "runs" / line["store"][:8] / name)
+        assert line["fvu_bulk"] == run.metrics["fvu_bulk"]
+    monkeypatch.setattr(budget, "fitted", no_fit)
+    assert budget.run(asked(config, tmp_path)) == found
+    with pytest.raises(AssertionError, match="fitted again"):
+        budget.run(asked(config, tmp_path, seeds="1"))
+    budget.show(found)
+    rows = capsys.readouterr().out.splitlines()[1:]
+    assert [row.split()[:5] for row in rows] == [
+        ["topk", "40", "2", "0.5", "0.01"],  # the better rate on validation rows
+        ["topk", "40", "4", "0.5", "0.01"],
+        ["ksvd", "40", "2", "0.5", "1"],  # no rate; then the number of seeds
+    ]
+
+
+def test_budget_goes_on_after_a_rate_that_diverges(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverges(*arguments: object, **settings: object) -> Path:
+        raise DivergedError("step 3")
+
+    monkeypatch.setattr(budget, "fitted", diverges)
+    assert budget.run(asked(config, tmp_path)) == []
+    lines = [json.loads(text) for text in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [line["failed"] for line in lines] == ["step 3", "step 3"]
+
+
+def test_flops() -> None:
+    m, k, d, b = 2048, 32, 640, 4096
+    sae, dense = budget.flops("topk", m, k, d, b)
+    adam = 24 * m * d / b
+    assert sae == 2 * m * d + 8 * k * d + adam
+    assert dense == 12 * m * d + adam
+    # Of a batch: correlations, Gram matrix, twins, pursuit; residual and power step of each code.
+    whole = 2 * b * m * d + 4 * m * m * d + b * (m * k**2 + 8 * k * d)
+    assert budget.flops("ksvd", m, k, d, b)[0] == pytest.approx(whole / b)
+
+
+def test_budget_rejects_what_is_no_number(config: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--epochs: expected numbers"):
+        budget.run(asked(config, tmp_path, epochs="4,x"))
