@@ -20,6 +20,7 @@ import numpy as np
 from activations import precision
 from activations.precision import Compression
 from activations.store import Store
+from activations.terminal import run_command
 from experiments.benchmarks.common import report
 
 ROUNDS = 5
@@ -71,4 +72,4 @@ def measure(x: np.ndarray, compression: Compression) -> tuple[int, list[float], 
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

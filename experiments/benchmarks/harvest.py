@@ -22,6 +22,7 @@ import torch
 from activations import harvest, shards
 from activations.corpora import PythonDocs
 from activations.store import SEQUENCES
+from activations.terminal import run_command
 from activations.writer import Worker, open_writer, worker_lock
 from experiments.benchmarks.common import paired, report
 
@@ -94,4 +95,4 @@ def measure(hooks: tuple[str, ...], rounds: int, tokens: int, folder: Path) -> N
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from activations.info import tables
 from activations.store import Store
+from activations.terminal import run_command
 from experiments.benchmarks.common import evict, noise_store, paired, plain_read, report
 
 
@@ -47,4 +48,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

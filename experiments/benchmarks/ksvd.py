@@ -32,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from activations.store import Store
+from activations.terminal import run_command
 from dictlearn.data import split_by_document, statistics
 from dictlearn.dictionary import Dictionary
 from dictlearn.encoders.omp import OMP
@@ -282,4 +283,4 @@ def machine() -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

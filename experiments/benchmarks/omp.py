@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from activations.terminal import run_command
 from dictlearn.codes import SparseCodes
 from dictlearn.dictionary import Dictionary
 from dictlearn.encoders.omp import OMP
@@ -111,4 +112,4 @@ def measure(peers: Peers, tool: str, shape: tuple[int, int, int, int], rounds: i
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

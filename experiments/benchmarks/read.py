@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from activations.store import Store
+from activations.terminal import run_command
 from dictlearn.data import Rows
 from dictlearn.solvers.base import Batch
 from dictlearn.solvers.sae import SAE
@@ -122,4 +123,4 @@ def steps(path: Path, memory: int, rounds: int, n_steps: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from activations.terminal import run_command
 from dictlearn.encoders.linear import Linear
 from dictlearn.solvers.base import Batch
 from dictlearn.solvers.sae import SAE
@@ -186,4 +187,4 @@ def measure(
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)
