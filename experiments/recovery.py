@@ -44,7 +44,7 @@ OURS: dict[str, dict[str, Any]] = {
     "ksvd, twins stay": {"twins": 1.0},
     "ksvd, chunks of 1": {"chunk_size": 1},
     "ksvd, batches of 250": {"batch_size": 250},
-    "ksvd, batches of 250, twins 0.9": {"batch_size": 250, "twins": 0.9},
+    "ksvd, batches of 250, twins 0.99": {"batch_size": 250, "twins": 0.99},
     "ksvd, batches of 250, no memory": {"batch_size": 250, "memory": 0.0},
 }
 

@@ -83,7 +83,7 @@ class KSVD(AbstractSolver[_KSVDState]):
     chunk_size: Annotated[int, Field(gt=0)] = eqx.field(static=True, default=64)
     power_steps: Annotated[int, Field(gt=0)] = eqx.field(static=True, default=1)
     memory: Annotated[float, Field(ge=0, lt=1)] = eqx.field(static=True, default=0.5)
-    twins: Annotated[float, Field(gt=0, le=1)] = eqx.field(static=True, default=0.99)
+    twins: Annotated[float, Field(gt=0, le=1)] = eqx.field(static=True, default=0.9)
     dead_after: Annotated[int, Field(gt=0, lt=2**30)] = eqx.field(static=True, default=100_000)
     name: Literal["ksvd"] = eqx.field(static=True, default="ksvd")
 
