@@ -103,6 +103,8 @@ class FitConfig:
             raise ValueError(
                 f"fit.batch_size: {self.solver.name} takes all rows in every step; leave it out"
             )
+        if getattr(self.solver, "frozen", False) and self.start is None:
+            raise ValueError("start: a frozen dictionary is that of a run; name one")
         try:
             self.solver.check()
         except ValueError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import equinox as eqx
@@ -82,8 +83,9 @@ def feature_tree(
     Raises:
       ValueError: a level would have more features than the one below it.
 
-    Source: Or et al. (arXiv 2506.10920). The authors' code then trains all levels
-    together with Adam, which loses the codes' signs and the atoms' zeros; their own analysis
+    Of each level the step with the least objective counts: with winners below 1 it need not be the
+    last. Source: Shafran, Geiger and Geva (arXiv 2506.10920). The authors' code then trains all
+    levels together with Adam, which loses the codes' signs and the atoms' zeros; their own analysis
     uses the levels from before that. It is left out here on purpose.
     """
     levels, codes = [_unit(atoms)], []
@@ -96,9 +98,12 @@ def feature_tree(
         solver = SNMF(size, winners=winners)
         key, first = jax.random.split(key)
         state = solver.init(x, n_steps=n_steps, key=first)
+        best, least = state, math.inf
         for step in range(n_steps):
-            state, _ = solver.step(state, Batch(x), key=jax.random.fold_in(first, step))
-        dictionary, encoder = solver.result(state)
+            state, info = solver.step(state, Batch(x), key=jax.random.fold_in(first, step))
+            if float(info.objective) < least:
+                best, least = state, float(info.objective)
+        dictionary, encoder = solver.result(best)
         assert isinstance(encoder, NNLS)
         codes.append(encoder.prepare(dictionary).encode(x).dense())
         levels.append(dictionary.atoms)

@@ -52,7 +52,10 @@ def fit(
     """
     if devices.leads():
         artifact.check_place(config.output, overwrite=overwrite)
+    if config.start is not None:
+        artifact.read_metadata(config.start)  # a mistake shows before the store is made
     job = prepare(config, where, verify=verify)
+    _check_batches(job, where)
     first = begin(job, where)
     if not devices.leads():
         train(job, first, None)
@@ -86,6 +89,7 @@ def go_on(run: Path, settings: list[str] | None = None, *, verify: bool = False)
             where,
             verify=verify,
         )
+        _check_batches(job, where)
         writes = run if devices.leads() else None
         trained = train(job, begin(job, where), writes, checkpoint=run / artifact.CHECKPOINT)
         if devices.leads():
@@ -119,21 +123,27 @@ def prepare(config: FitConfig, where: str, *, verify: bool = False) -> Job:
     )
     check_most(config, len(fitted), where)
     size = config.fit.batch_size or len(fitted)
-    if size > len(fitted):
+    table = resolved(config, recipe)
+    return Job(config, table, store, parts, fitted, normaliser, bulk, size)
+
+
+def _check_batches(job: Job, where: str) -> None:
+    """Whether rows can be shared out as the config and the devices want it."""
+    config, size, rows = job.config, job.batch_size, len(job.train)
+    if size > rows:
         raise UserError(
-            f"{where}:\n  fit.batch_size: {size:,} is more than the {len(fitted):,} training rows"
+            f"{where}:\n  fit.batch_size: {size:,} is more than the {rows:,} training rows"
         )
     if size % jax.device_count():
+        mend = "" if config.fit.batch_size else f"; {config.solver.name} takes all, use one device"
         raise UserError(
             f"{where}:\n  fit.batch_size: {size:,} rows cannot be shared out evenly among "
-            f"{jax.device_count()} devices"
+            f"{jax.device_count()} devices{mend}"
         )
-    if n_steps(config.fit.epochs * len(fitted), size) >= 2**31:
+    if n_steps(config.fit.epochs * rows, size) >= 2**31:
         raise UserError(
             f"{where}:\n  fit.epochs: {config.fit.epochs} is more steps than can be counted"
         )
-    table = resolved(config, recipe)
-    return Job(config, table, store, parts, fitted, normaliser, bulk, size)
 
 
 def _finish(job: Job, run: Path, trained: tuple[Coder, int, float]) -> None:
@@ -181,7 +191,12 @@ def _metadata(job: Job) -> dict[str, Any]:
         "name": config.name,
         "solver": artifact.hyperparameters(config.solver),
         "seed": config.seed,
+        "start": config.start and str(config.start),
         "hook": config.data.hook,
+        "data": {
+            name: getattr(config.data, name)
+            for name in ("keep_carriers", "leave_out_massive", "centre")
+        },
         "model": manifest.model,
         "corpus": manifest.corpus,
         "harvest": manifest.request,

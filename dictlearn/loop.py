@@ -154,9 +154,15 @@ def train(
                     seen = heldout.evaluate(coder, job.parts["validation"], job.bulk)
                     line |= {"validation_fvu": seen.fvu, "validation_fvu_bulk": seen.fvu_bulk}
                     line |= {"validation_l0": seen.l0}
-                    dense = solver.aim is not None and seen.l0 > _DENSE * solver.aim
+                    own = seen.l0 - len(job.normaliser.carriers)
+                    dense = solver.aim is not None and own > _DENSE * solver.aim
                     # Where everything is a carrier (very few dimensions), there is no bulk.
                     score = seen.fvu_bulk if math.isfinite(seen.fvu_bulk) else seen.fvu
+                    if math.isnan(score) and np.isfinite(seen.raw.error).all():
+                        raise UserError(
+                            "data.validation: its rows do not vary, so that nothing can be chosen "
+                            "by them; take a greater share, or more documents"
+                        )
                     scored = step, score, dense
                     best = _better(mark, result, *scored, tolerance=config.fit.tolerance)
                     bar.set_postfix_str(f"validation fvu_bulk {seen.fvu_bulk:.4f}", refresh=False)

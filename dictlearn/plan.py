@@ -18,6 +18,8 @@ def n_steps(rows: int | float, size: int) -> int:
 def plan(config: FitConfig, where: str, *, overwrite: bool) -> dict[str, str]:
     """A line a thing that would be done, or that it would take."""
     artifact.check_place(config.output, overwrite=overwrite)
+    if config.start is not None:
+        artifact.read_metadata(config.start)
     recipe = recipe_of(config, where)
     unknown = "unknown before the model and the corpus are read"
     lines = {"store": str(config.data.store), "harvest": "nothing: the store is there"}

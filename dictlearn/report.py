@@ -76,7 +76,8 @@ _ON_AVERAGE = ("batch_topk", "relu", "jumprelu")
 
 def label(solver: dict[str, Any]) -> str:
     """What tells one solver from another, e.g. "ksvd", "topk sae", "matryoshka batch_topk sae"."""
-    words = ["matryoshka"] if solver.get("matryoshka") else []
+    words = ["frozen"] if solver.get("frozen") else []
+    words += ["matryoshka"] if solver.get("matryoshka") else []
     words += [solver["variant"]["name"]] if "variant" in solver else []
     return " ".join([*words, solver["name"]])
 
@@ -143,11 +144,16 @@ def _percent(share: float) -> str:
 def _sibling(
     path: Path, metadata: dict[str, Any]
 ) -> tuple[Path, dict[str, Any], dict[str, Any]] | None:
-    """The newest finished run beside this one that differs in its solver alone."""
+    """The newest finished run beside this one that differs in its solver alone.
+
+    One that learned nothing but an encoder on another's dictionary is none.
+    """
 
     def place(of: dict[str, Any]) -> tuple[Any, ...]:
         store, solver = of["store"]["manifest_sha256"], of["solver"]
-        return store, of["hook"], of["split"], solver["n_atoms"], _sparsity(solver)[1]
+        frozen = solver.get("frozen", False)
+        settings = of["hook"], of["split"], of["data"], of["start"], frozen
+        return store, *settings, solver["n_atoms"], _sparsity(solver)[1]
 
     finished = path.parent.glob(f"[!.]*/{artifact.METADATA}")
     for file in sorted(finished, key=lambda file: file.stat().st_mtime, reverse=True):

@@ -15,6 +15,7 @@ from activations.terminal import UserError
 from dictlearn import heldout
 from dictlearn.artifact import Run, load
 from dictlearn.encoders.base import AbstractEncoder
+from dictlearn.encoders.linear import REGRESS_ROWS
 
 if TYPE_CHECKING:
     from dictlearn.loop import Job
@@ -34,8 +35,8 @@ def recode(
       part: which of the run's held-out rows. To choose an encoder, use "validation".
 
     Returns:
-      a run that stands nowhere on disk: `coder` has the new encoder, `metrics` its figures
-      (those of metrics.json but for the control's).
+      a run that stands nowhere on disk: `coder` has the new encoder, `metrics` its figures on
+      those rows (as in metrics.json; not the control's, nor how it was fitted).
 
     Raises:
       UserError: the run's store is missing, or is not the one that it was fitted on.
@@ -57,6 +58,7 @@ def fit_encoder(
     learning_rate: float = 3e-3,
     batch_size: int = 1024,
     output: Path | None = None,
+    overwrite: bool = False,
 ) -> AbstractEncoder:
     """A linear encoder distilled onto a run's dictionary, whose atoms and bias stay as they are.
 
@@ -70,14 +72,17 @@ def fit_encoder(
       variant: of dictlearn.solvers.sae_variants, e.g. AbsTopK(k=32).
       epochs: over the run's training rows. 0: the regression alone, which knows codes and not rows.
       output: where the fit that does this lies; a fresh runs/<name>-encoder-NNN if left out.
+      overwrite: replace the run at `output`.
 
     Raises:
-      UserError: as `recode`; the fit fails.
-      ValueError: the variant does not suit the dictionary.
+      UserError: as `recode`; the fit fails; `output` is the run itself, or in the way.
+      ValueError: the variant does not suit the dictionary, or has a number that only batches tell
+        (BatchTopK's threshold, the gradient's scale) and there are no epochs.
     """
     from dictlearn.config import LoopConfig
     from dictlearn.fit import fit
     from dictlearn.solvers.sae import SAE
+    from dictlearn.solvers.sae_variants import BatchTopK, GradientTopK
 
     run = run if isinstance(run, Run) else load(run)
     job = job_of(run)
@@ -89,8 +94,12 @@ def fit_encoder(
         learning_rate=learning_rate,
         aux_weight=0.0,
     )
+    if output is not None and output.resolve() == run.path.resolve():
+        raise UserError(f"output: {output} is the run whose dictionary is to be kept")
     if epochs == 0:
-        sample = job.train.sample(_ROWS, seed=job.config.seed)
+        if isinstance(variant, (BatchTopK, GradientTopK)):
+            raise ValueError(f"epochs: 0, but a {variant.name} encoder is made by batches")
+        sample = job.train.sample(REGRESS_ROWS, seed=job.config.seed)
         x = run.coder.normaliser.normalise(jnp.asarray(sample))
         state = solver.init(x, n_steps=1, key=jax.random.key(0), start=dictionary)
         return solver.result(state)[1]
@@ -102,13 +111,7 @@ def fit_encoder(
         output=output,
         fit=LoopConfig(batch_size=batch_size, epochs=epochs),
     )
-    return load(
-        fit(config, where=f"encoder of {run.path}", overwrite=output is not None)
-    ).coder.encoder
-
-
-# Rows whose codes are regressed on.
-_ROWS = 16384
+    return load(fit(config, where=f"encoder of {run.path}", overwrite=overwrite)).coder.encoder
 
 
 def job_of(run: Run) -> Job:

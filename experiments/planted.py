@@ -63,9 +63,9 @@ def _ksvd(encoder: str, **data: bool) -> dict[str, Any]:
     return {"solver": solver, "fit": {"batch_size": 1024, "epochs": 25}, "data": data}
 
 
-def _sae(variant: str, learning_rate: float, **more: Any) -> dict[str, Any]:
+def _sae(variant: str, learning_rate: float, epochs: int = 25, **more: Any) -> dict[str, Any]:
     solver = {"name": "sae", "variant": {"name": variant}, "learning_rate": learning_rate}
-    return {"solver": solver | more, "fit": {"batch_size": 1024, "epochs": 25}}
+    return {"solver": solver | more, "fit": {"batch_size": 1024, "epochs": epochs}}
 
 
 def _snmf(winners: float) -> dict[str, Any]:
@@ -85,7 +85,9 @@ SOLVERS: dict[str, dict[str, Any]] = {
     "topk": _sae("topk", 3e-2),
     "topk-no-aux": _sae("topk", 3e-2, aux_weight=0.0),
     "topk-2m": _sae("topk", 1e-2),
+    "topk-long": _sae("topk", 1e-2, epochs=100),
     "abs_topk": _sae("abs_topk", 3e-2),
+    "abs_topk-long": _sae("abs_topk", 1e-2, epochs=100),
     "batch_topk": _sae("batch_topk", 3e-2),
     "matryoshka": _sae("batch_topk", 3e-2, matryoshka=32),
     "relu": _sae("relu", 6e-2),

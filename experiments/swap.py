@@ -189,7 +189,9 @@ def encoder_of(name: str, run: artifact.Run, k: int) -> AbstractEncoder:
         if there == DISTILLED and table["solver"]["variant"] == artifact.hyperparameters(variant):
             return artifact.load(output).coder.encoder
     rate, epochs = DISTILLED["learning_rate"], DISTILLED["epochs"]
-    return fit_encoder(run, variant, learning_rate=rate, epochs=epochs, output=output)
+    return fit_encoder(
+        run, variant, learning_rate=rate, epochs=epochs, output=output, overwrite=True
+    )
 
 
 def measure(cell: Cell, place: Place, sha256: str) -> Line:

@@ -178,7 +178,7 @@ class GradientTopK(AbstractActivation):
         """Indices and values, on the host."""
         if projection is None:
             return activations_cpu.largest(u, self.k)
-        weight = np.asarray(self._weight())
+        weight = np.asarray(self._weight(), u.dtype)
         return activations_cpu.largest(u, self.k, score=u * (1 + weight * projection))
 
     def _weight(self) -> Float[Array, ""]:

@@ -25,7 +25,7 @@ class AbstractPrepared(eqx.Module):
 
 
 class AbstractEncoder(eqx.Module):
-    """Rows to codes. *Array-free* encoders can be named in a config and run on any dictionary."""
+    """Rows to codes. *Array-free* ones run on any dictionary; a config can name the pursuits."""
 
     @abc.abstractmethod
     def prepare(self, dictionary: Dictionary) -> AbstractPrepared:

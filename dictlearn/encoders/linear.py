@@ -20,7 +20,7 @@ from dictlearn.encoders.pursuit import on_one_cpu
 # Rows whose pre-activations are held at once on a CPU: they should stay within its cache.
 TILE = 512
 # Rows from which `regress` learns: some pursuits are slow.
-_REGRESS_ROWS = 16384
+REGRESS_ROWS = 16384
 
 
 class Linear(AbstractEncoder):
@@ -32,7 +32,16 @@ class Linear(AbstractEncoder):
     name: Literal["linear"] = eqx.field(static=True, default="linear")
 
     def prepare(self, dictionary: Dictionary) -> AbstractPrepared:
-        """Nothing to prepare but the place of the dictionary's bias."""
+        """Nothing to prepare but the place of the dictionary's bias.
+
+        Raises:
+          ValueError: it was learned for other atoms.
+        """
+        if self.weight.shape != dictionary.atoms.shape:
+            raise ValueError(
+                f"encoder: its weight is {self.weight.shape}, but the atoms are "
+                f"{dictionary.atoms.shape}; it was learned on another dictionary"
+            )
         self.activation.check(len(self.weight))
         return PreparedLinear(self.weight, self.bias, self.activation, dictionary)
 
@@ -109,9 +118,14 @@ def regress(
 
         W, c = argmin sum ||z - W (x - b) - c||^2 + n r ||W||^2,    r = 1e-3 tr(cov x) / d
     """
-    rows = x[:_REGRESS_ROWS]
+    rows = spread(x, REGRESS_ROWS)
     codes = encoder.prepare(dictionary).encode(rows)
     return _regress(rows - dictionary.bias[None], codes)
+
+
+def spread(x: Float[Array, "n d"], most: int) -> Float[Array, "r d"]:
+    """At most so many rows, evenly from all: samples stand in the order of their documents."""
+    return x[:: -(-len(x) // most)]
 
 
 @jax.jit

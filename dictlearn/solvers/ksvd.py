@@ -235,6 +235,7 @@ def _end(
 ) -> tuple[_KSVDState, Info]:
     """Count what was used, and replace atoms that were not, or that stand beside another."""
     since = jnp.where(energy > 0, 0, state.rows_since_used + len(residual))
+    since = jnp.minimum(since, solver.dead_after)  # it would overflow in the end
     history = solver.memory * (state.history + energy)
     dead = since >= solver.dead_after
     out = dead | _twins(atoms, history + energy, solver.twins) if solver.twins < 1 else dead

@@ -15,7 +15,7 @@ from dictlearn.codes import SparseCodes
 from dictlearn.dictionary import Dictionary
 from dictlearn.encoders import activations
 from dictlearn.encoders.base import AbstractEncoder
-from dictlearn.encoders.linear import Linear, regress
+from dictlearn.encoders.linear import Linear, regress, spread
 from dictlearn.encoders.nn_omp import NonNegativeOMP
 from dictlearn.encoders.omp import OMP
 from dictlearn.encoders.pursuit import on_one_cpu
@@ -63,7 +63,8 @@ class SAE(AbstractSolver[_SAEState]):
     to unit norm after each update. D starts from random data rows, W from a D with the a that
     reconstructs best, b from the rows' mean or geometric median, c from 0. The learning rate rises
     linearly over the first `warmup` of the steps and falls to 0 along a cosine; gradients are
-    clipped to a global norm of 1. Parameters have the type of the rows, float32.
+    clipped to a global norm of 1. Adam's betas are 0.9 and 0.999, epsilon is 1e-8. Parameters have
+    the type of the rows, float32.
 
     Arguments:
       n_atoms: m.
@@ -80,10 +81,10 @@ class SAE(AbstractSolver[_SAEState]):
 
     Source: Gao et al., "Scaling and evaluating sparse autoencoders" (2024), sections 2.3 and 2.4
     and appendix A; Bussmann et al., "Learning multi-level features with Matryoshka sparse
-    autoencoders" (2025), which draws its prefixes anew. Departures: the cosine decay; the start
-    from data rows (theirs is random) and its scale a, without which rows that share a direction
-    overshoot many times over; a small `dead_after` that suits small corpora (theirs is 10 million
-    tokens).
+    autoencoders" (2025), for the prefixes. Departures: prefixes that double; the cosine decay; the
+    start from data rows (theirs is random) and its scale a, without which rows that share a
+    direction overshoot many times over; a small `dead_after` that suits small corpora (theirs is 10
+    million tokens).
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -168,7 +169,7 @@ class SAE(AbstractSolver[_SAEState]):
             start = Dictionary(self.data_rows(sample - bias[None], key=key), bias)
         elif not self.frozen:
             start = Dictionary(unit_rows(start.atoms), start.bias)
-        rows = sample[:_SCALE_ROWS]
+        rows = spread(sample, _SCALE_ROWS)
         weight, bias = start.atoms, jnp.zeros(self.n_atoms, sample.dtype)
         if self.frozen:
             weight, bias = regress(start, sample, self._pursuit())
@@ -299,6 +300,7 @@ def _update(
         parameters = eqx.tree_at(_atoms, parameters, unit_rows(_atoms(parameters)))
     running = solver.variant.follow(state.running, told.seen)
     since = jnp.where(told.used, 0, state.rows_since_used + n)
+    since = jnp.minimum(since, solver.dead_after)  # it would overflow in the end
     info = Info(
         objective=told.objective,
         fvu=told.objective / told.variance,

@@ -19,7 +19,7 @@ Rows = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def least(u: Float[Array, "n m"], k: int) -> Float[Array, ""]:
-    """The mean of a row's k-th largest entry, kept above 0."""
+    """The mean over rows of their k-th largest entry, kept above 0: about k a row are above it."""
     tiny = 1e-3 * jnp.abs(u).mean() + jnp.finfo(u.dtype).tiny
     return jnp.maximum(jax.lax.top_k(u, k)[0][:, -1].mean(), tiny)
 

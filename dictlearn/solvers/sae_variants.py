@@ -154,7 +154,11 @@ class TopK(_Largest):
 
 
 class AbsTopK(_Largest):
-    """The k of each row that are largest in size, with their signs."""
+    """The k of each row that are largest in size, with their signs.
+
+    Source: "AbsTopK" (arXiv 2510.00404), which does not tell whether atoms have unit norm or dead
+    latents an extra loss; here they have both, as all of the family.
+    """
 
     __pydantic_config__ = {"extra": "forbid"}
 
@@ -202,8 +206,8 @@ class ReLU(AbstractVariant):
 
         loss += lambda mean_n ||z_n||_1 / scale
 
-    The bias c begins where a row has k nonzeros, and lambda follows the batches so that it keeps
-    them on average: it is multiplied by (nonzeros / k)^0.01 after each, at most by a factor of
+    The bias c begins where about k a row are above 0, and lambda follows the batches so that it
+    keeps k on average: it is multiplied by (nonzeros / k)^0.01 after each, at most by a factor of
     e^0.01. Departure: elsewhere lambda is fixed, and a number of nonzeros found by trying.
     """
 
@@ -249,7 +253,7 @@ class JumpReLU(AbstractVariant):
 
     Neither the jump of z nor that of the L0 norm has a slope at theta; both get that of a ramp of
     width `bandwidth` theta about it (straight-through). The parameter is log theta, and begins
-    where a row of the first codes has k nonzeros.
+    where about k of a row's first codes are above it.
 
     Source: Rajamanoharan et al., "Jumping ahead" (2024), section 3 and, for the aim at k, its
     appendix. Departure: the bandwidth is relative to theta, and so free of units.
@@ -265,7 +269,7 @@ class JumpReLU(AbstractVariant):
     name: Literal["jumprelu"] = eqx.field(static=True, default="jumprelu")
 
     def learned(self, u: Float[Array, "n m"]) -> Float[Array, " m"]:
-        """log theta: the same for all atoms, so that a row has k nonzeros."""
+        """log theta: the same for all atoms."""
         return jnp.full(u.shape[1], jnp.log(least(u, self.k)))
 
     def codes(self, inputs: Inputs) -> Float[Array, "n m"]:

@@ -111,6 +111,7 @@ class Untrained(AbstractSolver[_UntrainedState]):
         codes = encoder.prepare(dictionary).encode(batch.x)
         info, energy = measure(batch.x, codes, state.atoms)
         since = jnp.where(energy > 0, 0, state.rows_since_used + len(batch.x))
+        since = jnp.minimum(since, self.dead_after)  # it would overflow in the end
         info = eqx.tree_at(lambda info: info.dead, info, jnp.sum(since >= self.dead_after))
         return _UntrainedState(state.atoms, since), info
 

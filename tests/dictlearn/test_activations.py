@@ -343,3 +343,14 @@ def test_regression_of_rows_that_do_not_vary_is_finite() -> None:
     weight, bias = regress(dictionary, jnp.ones((50, D)), Tied(TopK(2)))
     assert np.isfinite(weight).all()
     assert np.isfinite(bias).all()
+
+
+def test_the_scale_of_gradients_does_not_widen_the_kernels_scores() -> None:
+    rng = np.random.default_rng(0)
+    u, projection = (rng.standard_normal((6, 40)).astype(np.float32) for _ in range(2))
+    with jax.enable_x64(True):
+        wide = GradientTopK(4, 0.7, jnp.asarray(0.5, jnp.float64))
+        found = wide.largest(u, np.abs(projection))
+    narrow = GradientTopK(4, 0.7, jnp.asarray(0.5, jnp.float32)).largest(u, np.abs(projection))
+    np.testing.assert_array_equal(found[0], narrow[0])
+    np.testing.assert_array_equal(found[1], narrow[1])

@@ -443,3 +443,55 @@ def test_a_start_that_vanished_does_not_keep_a_run_from_being_measured(
     shutil.rmtree(first)
     again = dictlearn.recode(second, dictlearn.load(second).coder.encoder)
     assert again.metrics["fvu"] == dictlearn.load(second).metrics["fvu"]
+
+
+def test_carriers_are_no_nonzeros_of_the_solver(
+    make_store: Callable[..., Store], tmp_path: Path
+) -> None:
+    x = rows()
+    x[:, 3] = 100 * np.random.default_rng(1).standard_normal(N)
+    store = make_store((x, DOCUMENT))
+    loop = {"batch_size": 150, "epochs": 40, "evaluate_steps": 6, "patience": 2, "tolerance": 0.3}
+    data = {"keep_carriers": True}
+    run = fit(config(store, tmp_path / "run", solver=sae(), fit=loop, data=data))
+    log = log_of(run)
+    assert log[-1]["validation_l0"] == K + 1
+    assert len(log) < 100  # it is not dense, so that patience ends the fit
+
+
+def test_validation_rows_that_do_not_vary(make_store: Callable[..., Store], tmp_path: Path) -> None:
+    x = np.ones((N, D), np.float32)
+    x[:30] = rows()[:30]
+    store = make_store((x, DOCUMENT))
+    splits = (split_by_document(store, HOOK, validation=0.1, test=0.1, seed=s) for s in range(20))
+    seed = next(s for s, parts in enumerate(splits) if 0 in parts["train"].documents)
+    with pytest.raises(UserError, match=r"data\.validation: its rows do not vary"):
+        fit(config(store, tmp_path / "run", seed=seed, data={"validation": 0.1, "test": 0.1}))
+
+
+def test_all_rows_that_no_two_devices_share(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = fit(config(store, tmp_path / "run", solver=SNMF, fit={"epochs": 2}))
+    monkeypatch.setattr("dictlearn.fit.jax.device_count", lambda: 7)
+    with pytest.raises(UserError, match="among 7 devices; snmf takes all, use one device"):
+        fit(config(store, tmp_path / "other", solver=SNMF, fit={"epochs": 2}))
+    assert dictlearn.recode(run, NNLS()).metrics["fvu"] > 0  # steps nothing
+
+
+def test_frozen_needs_a_start(store: Store, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="start: a frozen dictionary is that of a run"):
+        config(store, tmp_path / "run", solver=sae(frozen=True))
+    with pytest.raises(UserError, match="no run there"):
+        plan(config(store, tmp_path / "run", start=str(tmp_path / "x")), "c", overwrite=False)
+
+
+def test_an_encoder_alone_is_no_rival(store: Store, tmp_path: Path) -> None:
+    first = fit(config(store, tmp_path / "first"))
+    frozen = sae(frozen=True)
+    fit(config(store, tmp_path / "encoder", solver=frozen, start=str(first)))
+    assert report._sibling(first, artifact.read_metadata(first)[0]) is None
+    rival = fit(config(store, tmp_path / "rival", solver=sae()))
+    found = report._sibling(first, artifact.read_metadata(first)[0])
+    assert found is not None
+    assert found[0] == rival

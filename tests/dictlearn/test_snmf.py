@@ -335,3 +335,11 @@ def test_the_same_over_four_devices() -> None:
         check=False, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("fraction", "d", "count"), [(0.07, 100, 7), (0.14, 50, 7), (0.01, 640, 7)]
+)
+def test_how_many_winners(fraction: float, d: int, count: int) -> None:
+    atoms = jnp.asarray(np.random.default_rng(0).standard_normal((3, d)), jnp.float32)
+    assert ((snmf._winners(atoms, fraction) != 0).sum(axis=1) == count).all()

@@ -255,7 +255,7 @@ def test_codes_without_signs_are_not_negative(ksvd: Run, variant: Any) -> None:
 def test_where_the_encoders_fit_lies(
     ksvd: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A fresh place each time, or the one that was named, which is replaced."""
+    """A fresh place each time, or the one that was named, which is replaced where that is asked."""
     monkeypatch.chdir(tmp_path)
     settings: dict[str, Any] = {"epochs": 1.0, "batch_size": 400}
     first = fit_encoder(ksvd, variants.TopK(1), **settings)
@@ -264,8 +264,14 @@ def test_where_the_encoders_fit_lies(
     names = [path.name for path in sorted((tmp_path / "runs").iterdir())]
     assert names == ["small-encoder-001", "small-encoder-002"]
     for k in (1, 2):  # the second replaces the first
-        fit_encoder(ksvd, variants.TopK(k), **settings, output=tmp_path / "mine")
+        mine = {"output": tmp_path / "mine", "overwrite": k == 2}
+        fit_encoder(ksvd, variants.TopK(k), **settings, **mine)
         assert dictlearn.load(tmp_path / "mine").metadata["solver"]["variant"]["k"] == k
+    with pytest.raises(UserError, match="already holds a finished run"):
+        fit_encoder(ksvd, variants.TopK(1), **settings, output=tmp_path / "mine")
+    with pytest.raises(UserError, match="whose dictionary is to be kept"):
+        fit_encoder(ksvd, variants.TopK(1), output=ksvd.path, overwrite=True)
+    assert dictlearn.load(ksvd.path).metadata["solver"]["name"] == "ksvd"
     assert len(list((tmp_path / "runs").iterdir())) == 2
 
 
@@ -277,6 +283,16 @@ def test_an_encoder_that_cannot_be_fitted(ksvd: Run, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"fit\.batch_size"):
         fit_encoder(ksvd, variants.TopK(K), batch_size=10**6, output=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+    for variant in (variants.BatchTopK(K), variants.GradientTopK(K)):
+        with pytest.raises(ValueError, match="is made by batches"):
+            fit_encoder(ksvd, variant, epochs=0.0)
+
+
+def test_an_encoder_of_another_dictionary(ksvd: Run) -> None:
+    encoder = fit_encoder(ksvd, variants.TopK(K), epochs=0.0)
+    wide = jax.tree.map(lambda a: jnp.concatenate([a, a]), encoder)
+    with pytest.raises(ValueError, match="learned on another dictionary"):
+        dictlearn.recode(ksvd, wide)
 
 
 def test_the_same_rows_give_the_same_encoder(ksvd: Run) -> None:
