@@ -358,7 +358,7 @@ def test_interrupt_leaves_a_run_that_says_so(here, store, quick):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 130
     assert "Traceback" not in errors
     assert "kept. Go on: python -m dictlearn.fit runs/small-001" in errors
@@ -439,7 +439,7 @@ def test_two_fits_at_one_named_place(here, store, quick):
         time.sleep(0.1)
     assert_one_message(command(*named, cwd=here), "another fit is writing")
     first.send_signal(signal.SIGINT)
-    first.communicate(timeout=60)
+    first.communicate(timeout=300)
     assert first.returncode == 130
     assert (here / ".mine.replaced" / artifact.WEIGHTS).read_bytes() == before
     assert (here / "mine" / artifact.CHECKPOINT).exists()
