@@ -346,6 +346,15 @@ def test_a_full_disk_leaves_a_run_that_can_go_on(here, store, monkeypatch):
     assert dictlearn.load(fit.go_on(run)).metrics["l0"] > 0
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C counts, also where the tests run in the background of a shell, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_interrupt_leaves_a_run_that_says_so(here, store, quick):
     process = subprocess.Popen(
         [sys.executable, "-m", "dictlearn.fit", str(quick), "--set", "fit.epochs=100000"],
@@ -422,6 +431,7 @@ def test_jax_is_on_the_cpu_here_or_says_so(here, store):
     )
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_two_fits_at_one_named_place(here, store, quick):
     """The second is refused while the first runs; Ctrl-C keeps both what was and what is begun."""
     named = (quick, "--set", "output=mine", "--overwrite")
