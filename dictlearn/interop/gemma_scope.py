@@ -35,9 +35,12 @@ HOOKS = {
     "attn.hook_z": ("att", "attn_out", "self_attn.o_proj.input"),
     "hook_mlp_out": ("mlp", "mlp_out", "post_feedforward_layernorm.output"),
 }
-_FIRST = re.compile(r"gemma-scope-(2b|9b|27b)-(pt|it)-(res|att|mlp)(?:-canonical)?/layer_(\d+)/")
+_FIRST = re.compile(
+    r"gemma-scope-(2b|9b|27b)-(pt|it)-(res|att|mlp)(?:-canonical)?/(?:snapshots/\w+/)?layer_(\d+)/"
+)
 _SECOND = re.compile(r"(resid_post|attn_out|mlp_out)(?:_all)?/layer_(\d+)_")
 _MODEL = re.compile(r"gemma-scope-2-(?:270m|1b|4b|12b|27b)-(?:pt|it)")
+_TRANSCODER = re.compile(r"gemma-scope-\w+-pt-transcoders/|/transcoder(?:_all)?/layer_")
 _POINT = re.compile(r"layers\.(\d+)\.(.+)")
 
 
@@ -57,7 +60,7 @@ def read(file: Path) -> Run:
     if (
         "affine_skip_connection" in held
         or outward != config.get("hf_hook_point_in")
-        or re.search(r"transcoder|/clt", folders)
+        or _TRANSCODER.search(folders)
     ):
         raise ArtifactError(
             f"{file}: is a transcoder, which gives another hook's activations than it reads; "

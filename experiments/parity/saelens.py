@@ -67,7 +67,7 @@ def run(peer: str, folder: Path) -> list[dict[str, Any]]:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Parity with SAELens and sparsify.")
     parser.add_argument("--peer", required=True, help="the interpreter of the others' environment")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -24,7 +24,7 @@ import numpy as np
 torch = importlib.import_module("torch")
 sae_lens = importlib.import_module("sae_lens")
 registry = importlib.import_module("sae_lens.registry")
-loaders = importlib.import_module("sae_lens.loading.pretrained_sae_loaders")
+loaders: Any = importlib.import_module("sae_lens.loading.pretrained_sae_loaders")
 sparsify = importlib.import_module("sparsify")
 
 N, M, D = 512, 256, 64
