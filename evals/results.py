@@ -1,6 +1,6 @@
 """What a family of evals gives, in SAEBench's envelope: one JSON file a family.
 
-Field names are those of SAEBench 0.6.0. NaN and infinity are null there, and the reason stands under
+Field names are those of SAEBench 0.6.0. NaN and infinity are null there, with the reason under
 `eval_result_unstructured.null`; what SAEBench has no name for has one of ours beside its own.
 """
 
