@@ -130,6 +130,7 @@ class Features:
         self._fired = np.zeros(n_features, np.int64)
         self._positive = np.zeros(n_features, np.int64)
         self._prompts = np.zeros(n_features, np.int64)
+        self._prompts_positive = np.zeros(n_features, np.int64)
         self._size = self._sum = 0.0
 
     def add(self, indices: np.ndarray, values: np.ndarray, owner: np.ndarray) -> None:
@@ -137,10 +138,12 @@ class Features:
         n = len(self._fired)
         row, slot = np.nonzero(values)
         feature, value = indices[row, slot], values[row, slot].astype(np.float64)
+        place = owner[row].astype(np.int64) * n + feature
+        above = value > 0
         self._fired += np.bincount(feature, minlength=n)
-        self._positive += np.bincount(feature[value > 0], minlength=n)
-        pairs = np.unique(owner[row].astype(np.int64) * n + feature)
-        self._prompts += np.bincount(pairs % n, minlength=n)
+        self._positive += np.bincount(feature[above], minlength=n)
+        self._prompts += np.bincount(np.unique(place) % n, minlength=n)
+        self._prompts_positive += np.bincount(np.unique(place[above]) % n, minlength=n)
         self._size += float(np.abs(value).sum())
         self._sum += float(value.sum())
 
@@ -167,13 +170,15 @@ class Features:
 
     def details(self, n: int) -> list[dict[str, Any]]:
         """A row a feature."""
-        with np.errstate(divide="ignore", invalid="ignore"):
-            heuristic = np.where(self._prompts > 0, self._fired / self._prompts, 0)
+        columns = {
+            "feature_density": self._fired / n,
+            "feature_density_saebench060": self._positive / n,
+            "consistent_activation_heuristic": self._fired / np.maximum(self._prompts, 1),
+            "consistent_activation_heuristic_saebench060": (
+                self._positive / np.maximum(self._prompts_positive, 1)
+            ),
+        }
         return [
-            {
-                "index": index,
-                "feature_density": float(fired / n),
-                "consistent_activation_heuristic": float(heuristic[index]),
-            }
-            for index, fired in enumerate(self._fired)
+            {"index": index} | {name: float(values[index]) for name, values in columns.items()}
+            for index in range(len(self._fired))
         ]
