@@ -75,6 +75,16 @@ class Sums:
             )
         )
 
+    def spread(self, place: np.ndarray, n_documents: int) -> Sums:
+        """The same among more documents: the i-th becomes number place[i]."""
+
+        def moved(values: np.ndarray) -> np.ndarray:
+            wide = np.zeros((n_documents, *values.shape[1:]))
+            wide[place] = values
+            return wide
+
+        return Sums(*(moved(getattr(self, field.name)) for field in dataclasses.fields(self)))
+
     def fvu(self, weights: np.ndarray | None = None) -> np.ndarray:
         """sum ||x - x_hat||^2 / sum ||x - mean(x)||^2, for each row of document weights [b, D].
 

@@ -10,6 +10,7 @@ from dictlearn.encoders import activations
 from dictlearn.encoders.linear import Linear, Tied
 from dictlearn.encoders.matryoshka_omp import MatryoshkaOMP
 from dictlearn.encoders.mp import MP
+from dictlearn.encoders.mp_sae import MPSAE
 from dictlearn.encoders.nn_omp import NonNegativeOMP
 from dictlearn.encoders.nnls import NNLS
 from dictlearn.encoders.omp import OMP
@@ -27,11 +28,13 @@ ENCODERS = {
     "nnls": NNLS,
     "mp": MP,
     "matryoshka_omp": MatryoshkaOMP,
+    "mp_sae": MPSAE,
     "linear": Linear,
     "tied": Tied,
     "topk": activations.TopK,
     "abs_topk": activations.AbsTopK,
     "relu": activations.ReLU,
     "jumprelu": activations.JumpReLU,
+    "gated": activations.Gated,
     "gradient_topk": activations.GradientTopK,
 }

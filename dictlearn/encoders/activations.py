@@ -142,6 +142,36 @@ class JumpReLU(AbstractActivation):
         return _above(u, np.asarray(self.threshold))
 
 
+class Gated(AbstractActivation):
+    """One map says which atoms are used, a shifted and stretched copy of it how much of each:
+
+        z_j = ReLU(gain_j u_j + offset_j)  where u_j > 0, else 0.
+
+    With the paper's weights, u = W_gate (x - b) + b_gate, gain = exp(r_mag) and
+    offset = b_mag - exp(r_mag) b_gate. Source: Rajamanoharan et al., "Improving dictionary learning
+    with gated sparse autoencoders" (2024), section 3.2, the form whose two maps share weights.
+    """
+
+    gain: Float[Array, " m"]  # above 0
+    offset: Float[Array, " m"]
+    name: Literal["gated"] = eqx.field(static=True, default="gated")
+
+    def __call__(
+        self, u: Float[Array, "n m"], projection: Float[Array, "n m"] | None = None
+    ) -> SparseCodes:
+        """Codes, by XLA; traced, with room for all atoms in each row."""
+        del projection
+        z = self.gain[None] * u + self.offset[None]
+        return _where(z, (u > 0) & (z > 0))
+
+    def on_cpu(self, u: np.ndarray, projection: np.ndarray | None) -> SparseCodes:
+        """The same by a kernel on the host."""
+        del projection
+        z = np.asarray(self.gain) * u + np.asarray(self.offset)
+        z[u <= 0] = 0
+        return _above(z, np.zeros(u.shape[1], u.dtype))
+
+
 class GradientTopK(AbstractActivation):
     """Keep the k codes z = ReLU(u) with the largest z_j (1 + beta |<g, d_j>| / scale).
 

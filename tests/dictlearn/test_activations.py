@@ -14,6 +14,7 @@ from dictlearn.dictionary import Dictionary
 from dictlearn.encoders.activations import (
     AbsTopK,
     AbstractActivation,
+    Gated,
     GradientTopK,
     JumpReLU,
     ReLU,
@@ -41,6 +42,16 @@ def thresholds(dtype: type) -> np.ndarray:
     return theta
 
 
+def gates(dtype: type) -> tuple[np.ndarray, np.ndarray]:
+    """Gain and offset; some offsets are below zero, so that an open gate may give nothing."""
+    rng = np.random.default_rng(7)
+    return rng.uniform(0.5, 2, M).astype(dtype), rng.uniform(-1, 1, M).astype(dtype)
+
+
+def gated(u: np.ndarray, gain: np.ndarray, offset: np.ndarray) -> np.ndarray:
+    return (u > 0) * np.maximum(gain * u + offset, 0)
+
+
 # name -> (k, dtype) -> the activation and, in plain numpy, its dense codes.
 Reference = Callable[[np.ndarray], np.ndarray]
 KINDS: dict[str, Callable[[int, type], tuple[AbstractActivation, Reference]]] = {
@@ -50,6 +61,10 @@ KINDS: dict[str, Callable[[int, type], tuple[AbstractActivation, Reference]]] = 
     "jumprelu": lambda k, dtype: (
         JumpReLU(jnp.asarray(thresholds(dtype))),
         lambda u: np.where((u > 0) & (u > thresholds(dtype)), u, 0),
+    ),
+    "gated": lambda k, dtype: (
+        Gated(*map(jnp.asarray, gates(dtype))),
+        lambda u: gated(u, *gates(dtype)),
     ),
     "gradient_topk": lambda k, dtype: (
         GradientTopK(k, 1.0, jnp.asarray(2.0, dtype)),
@@ -127,6 +142,14 @@ def test_capacity_is_k(kind: str) -> None:
     u = normal().astype(np.float32)
     assert activation(jnp.asarray(u)).values.shape == (N, 7)
     assert activation.on_cpu(u, None).values.shape == (N, 7)
+
+
+def test_a_gate_opens_by_u_and_gives_by_both(dtype: type) -> None:
+    """Closed; open, with and without something behind it; and what a shut one would have given."""
+    u = np.array([[-1, 0, 1, 1, -1]], dtype)
+    gain, offset = (np.array(array, dtype) for array in ([2, 2, 2, 2, -9], [5, 5, 1, -3, 0]))
+    for codes in both(Gated(jnp.asarray(gain), jnp.asarray(offset)), u):
+        np.testing.assert_array_equal(codes, [[0, 0, 3, 0, 0]])
 
 
 def with_positives(counts: list[int]) -> np.ndarray:
@@ -247,6 +270,7 @@ ACTIVATIONS = {
     "abs_topk": AbsTopK(4),
     "relu": ReLU(),
     "jumprelu": JumpReLU(jnp.full(30, 0.5)),
+    "gated": Gated(jnp.linspace(0.5, 2, 30), jnp.linspace(-1, 1, 30)),
     "gradient_topk": GradientTopK(4, 1.0, jnp.float32(1)),
 }
 

@@ -19,9 +19,10 @@ import safetensors.numpy
 import dictlearn
 from dictlearn import artifact
 from dictlearn.dictionary import Coder, Dictionary, Normaliser
-from dictlearn.encoders.activations import TopK
+from dictlearn.encoders.activations import AbstractActivation, Gated, TopK
 from dictlearn.encoders.base import AbstractEncoder
 from dictlearn.encoders.linear import Linear
+from dictlearn.encoders.mp_sae import MPSAE
 from dictlearn.encoders.omp import OMP
 
 M, D, K = 6, 4, 2
@@ -55,9 +56,17 @@ METRICS = {
 }
 
 
-def linear() -> Linear:
+def linear(activation: AbstractActivation = TopK(K)) -> Linear:  # noqa: B008
     weight, bias = jax.random.normal(jax.random.key(0), (M, D)), jnp.arange(M) / 7
-    return Linear(weight, bias, TopK(K))
+    return Linear(weight, bias, activation)
+
+
+ENCODERS = {
+    "omp": OMP(k=K),
+    "linear": linear(),
+    "gated": linear(Gated(jnp.arange(1.0, M + 1), jnp.arange(M) / 3 - 1)),
+    "mp_sae": MPSAE(linear().weight, rounds=3, threshold=0.5, stop_on_repeat=True),
+}
 
 
 def coder(encoder: AbstractEncoder) -> Coder:
@@ -75,7 +84,7 @@ def write_run(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("encoder", [OMP(k=K), linear()], ids=["omp", "linear"])
+@pytest.mark.parametrize("encoder", ENCODERS.values(), ids=ENCODERS)
 def test_round_trip_is_exact(encoder: AbstractEncoder, tmp_path: Path) -> None:
     before = coder(encoder)
     artifact.save(tmp_path, before, METADATA, METRICS)

@@ -1,0 +1,1 @@
+"""Whether others' dictionaries code as they do in their own libraries."""

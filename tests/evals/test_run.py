@@ -1,0 +1,167 @@
+"""The one command: ours and others' dictionaries, what is done is not done again, mistakes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from activations.config import validate
+from activations.harvest import HarvestConfig, harvest
+from activations.store import Store
+from activations.terminal import UserError
+from dictlearn.config import FitConfig
+from dictlearn.fit import fit
+from dictlearn.interop import load
+from evals import core, run
+from evals.run import EvalConfig, Subject
+
+Command = Callable[..., tuple[int, str, str]]
+
+HOOK, D, M = "blocks.1.hook_resid_post", 16, 24
+SMALL = {"core": {"tokens": 100, "behaviour_tokens": 50, "batch_size": 4}}
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("texts")
+    rng = np.random.default_rng(0)
+    for index in range(12):
+        words = rng.choice(["fox", "lazy", "dog", "quick", "mind", "the"], 25)
+        (folder / f"{index:02}.txt").write_text(f"{index} {' '.join(words)}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ours(texts: Path, tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A KSVD run on a store of the tiny model."""
+    folder = tmp_path_factory.mktemp("ours")
+    table = {
+        "store": str(folder / "store"),
+        "model": f"dir:{tiny_model_dir}",
+        "hooks": [HOOK],
+        "context_length": 12,
+        "corpus": {"kind": "files", "paths": [str(texts / "*.txt")]},
+    }
+    harvest(validate(HarvestConfig, table, "test"))
+    config = {
+        "name": "small",
+        "data": {"store": table["store"], "hook": HOOK, "test": 0.3},
+        "solver": {"name": "ksvd", "n_atoms": M, "encoder": {"name": "omp", "k": 3}},
+        "fit": {"batch_size": 64, "epochs": 1},
+        "output": str(folder / "run"),
+    }
+    return fit(validate(FitConfig, config, "test"))
+
+
+def weights(d: int = D) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(1)
+    shapes = {"W_enc": (d, M), "W_dec": (M, d), "b_enc": (M,), "b_dec": (d,)}
+    return {name: rng.standard_normal(of).astype(np.float32) / 4 for name, of in shapes.items()}
+
+
+def saelens(folder: Path, d: int = D) -> Path:
+    """A TopK dictionary as SAELens 6 writes it."""
+    folder.mkdir()
+    told = {"hook_name": HOOK, "model_name": "tiny", "sae_lens_version": "6.54.12"}
+    config = {"architecture": "topk", "d_in": d, "d_sae": M, "k": 3, "metadata": told}
+    (folder / "cfg.json").write_text(json.dumps(config))
+    safetensors.numpy.save_file(weights(d), folder / "sae_weights.safetensors")
+    return folder
+
+
+def gemma_scope(folder: Path) -> Path:
+    """A JumpReLU dictionary in Gemma Scope 1's file."""
+    place = folder / "gemma-scope-2b-pt-res/layer_1/width_16k/average_l0_3"
+    place.mkdir(parents=True)
+    np.savez(place / "params.npz", **weights(), threshold=np.full(M, 0.2, np.float32))
+    return place / "params.npz"
+
+
+def subject(path: Path, **table: Any) -> Subject:
+    return Subject(load(path), validate(EvalConfig, SMALL | table, "test"))
+
+
+def measured(of: Subject, out: Path, **flags: bool) -> dict[str, Any]:
+    options = {"quick": False, "overwrite": False} | flags
+    return run.evaluate(of, ["core"], out, **options)["core"]
+
+
+def test_a_run_of_ours_is_measured_on_its_test_documents(ours: Path, tmp_path: Path) -> None:
+    of = subject(ours)
+    token, document = of.text()
+    metadata = load(ours).metadata
+    assert set(np.unique(document[document >= 0])) == set(metadata["split"]["test"])
+    stored = Store(metadata["store"]["path"]).sequences
+    assert (document >= 0).sum() == np.isin(stored[:, 1], metadata["split"]["test"]).sum()
+    found = measured(of, tmp_path)
+    assert found["eval_type_id"] == "core"
+    assert found["sae_lens_id"] == "run"
+    assert found["eval_config"]["hook"] == HOOK
+    stats = found["eval_result_metrics"]["token_stats"]
+    assert 50 <= stats["total_tokens_eval_reconstruction"] <= 100 + token.shape[1]
+    assert found["eval_result_metrics"]["sparsity"]["l0"] == 3
+    assert len(found["eval_result_details"]) == M
+
+
+@pytest.mark.parametrize("make", [lambda p: saelens(p / "sae"), gemma_scope])
+def test_others_are_measured_on_a_corpus(
+    make: Any, texts: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    corpus = {"kind": "files", "paths": [str(texts / "*.txt")]}
+    table = {"corpus": corpus, "model": f"dir:{tiny_model_dir}", "context_length": 12, "hook": HOOK}
+    found = measured(subject(make(tmp_path), **table), tmp_path / "out")
+    assert found["eval_result_metrics"]["headline"]["kl"] > 0
+    assert found["eval_result_metrics"]["misc_metrics"]["average_max_encoder_cosine_sim"] > 0
+    assert found["sae_cfg_dict"]["text"]["corpus"]["paths"] == corpus["paths"]
+
+
+def test_what_is_done_is_not_done_again(
+    ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = measured(subject(ours), tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(core, "run", lambda *_: pytest.fail("measured again"))
+        assert measured(subject(ours), tmp_path) == found
+        other = {"core": SMALL["core"] | {"seed": 1}}
+        with pytest.raises(UserError, match=r"core\.json: holds results of another .*--overwrite"):
+            measured(subject(ours, **other), tmp_path)
+    again = measured(subject(ours, **other), tmp_path, overwrite=True)
+    assert again["eval_config"]["seed"] == 1
+    assert again["eval_result_metrics"]["sparsity"] == found["eval_result_metrics"]["sparsity"]
+    (tmp_path / "core.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read as results"):
+        measured(subject(ours), tmp_path)
+
+
+def test_mistakes_are_told(ours: Path, tmp_path: Path, tiny_model_dir: Path) -> None:
+    with pytest.raises(UserError, match=r"core\.tokns: unknown key"):
+        measured(subject(ours, core={"tokns": 5}), tmp_path)
+    with pytest.raises(UserError, match=r"core\.hook: unknown key; the hook stands at the top"):
+        measured(subject(ours, core={"hook": HOOK}), tmp_path)
+    wide = saelens(tmp_path / "wide", 8)
+    with pytest.raises(UserError, match="name it with --set model"):
+        measured(subject(wide), tmp_path / "out")
+    with pytest.raises(UserError, match="8 entries, but blocks"):
+        measured(subject(wide, model=f"dir:{tiny_model_dir}"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_the_command(ours: Path, run_command: Command, tmp_path: Path) -> None:
+    options = ["--set", "core.tokens=100", "--set", "core.behaviour_tokens=50"]
+    code, out, errors = run_command("evals.run", ours, *options, cwd=tmp_path)
+    assert code == 0, errors
+    assert "headline.ce_increase" in out
+    assert f"results in {ours}/evals" in out.replace("\n", "")
+    assert (ours / "evals/core.json").exists()
+    code, _, errors = run_command("evals.run", ours, "--evals", "cor")
+    assert (code, errors) == (2, "error: --evals: no 'cor' among core\n")
+    code, _, errors = run_command("evals.run", tmp_path)
+    assert code == 2
+    assert "no run there" in errors
