@@ -33,7 +33,11 @@ Three readings stand side by side, the last two under marked names:
 
 Other departures: the seed and the hook are honoured; the parts are measured on the prompts of the
 probing, not on prompts drawn anew; atoms need not have unit norm, as SAEBench expects them to; the
-probes are trained in JAX; words are a seeded sample, of 4,000 by default.
+probes are trained in JAX; words are a seeded sample, of 4,000 by default. The probe on latents sees
+them in the coder's units, not the model's (Adam's steps know no scale, and Gemma 3's activations
+are some 50 times Gemma 2's: dead latents then come first), and where only a share of the vocabulary
+is asked for, its batch of 4,096 shrinks by that share: as many steps as the whole would take.
+Without a normaliser's scale, and with all words, both are SAEBench's.
 """
 
 from __future__ import annotations
@@ -68,7 +72,8 @@ class Config:
       max_k_value: most main features.
       f1_jump_threshold: what each of them adds to the F1.
       probe_epochs, probe_batch_size, probe_decay: of the probe on activations.
-      k_sparse_probe_*: of the probe on latents; l1_decay is of its L1 penalty.
+      k_sparse_probe_*: of the probe on latents; l1_decay is of its L1 penalty, batch_size with all
+        words (see above).
       min_probe_f1: a letter counts above it (`min_GT_probe_f1`).
       min_feats_for_eval: letters that must count.
       llm_batch_size: prompts a forward pass.
@@ -117,7 +122,7 @@ class ClassScore:
       probe_f1: of the probe on activations, on the test rows.
       reason: why there are no scores, or None.
       rows: test rows of the class with a positive logit [t].
-      main: for each reading, the main features.
+      main, main_f1: for each reading, the main features, and the F1 of the regression on them.
       fraction, full: for each reading, of these rows [t].
     """
 
@@ -126,6 +131,7 @@ class ClassScore:
     reason: str | None
     rows: np.ndarray
     main: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    main_f1: dict[str, float] = dataclasses.field(default_factory=dict)
     fraction: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     full: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
@@ -141,6 +147,7 @@ class ClassScore:
                 f"num_full_absorption{reading}": full,
                 f"num_split_features{reading}": len(self.main[reading]),
                 f"main_features{reading}": self.main[reading],
+                f"main_features_f1{reading}": self.main_f1[reading],
             }
         return row | {"num_probe_true_positives": n, "probe_f1": self.probe_f1}
 
@@ -200,16 +207,22 @@ def score(
     probe: Probe,
     names: list[str],
     cfg: Config,
+    *,
+    unit: float = 1.0,
 ) -> list[ClassScore]:
     """Every class's scores: rows, codes, atoms and probe in, no model; x is about offset + f W.
 
     A class whose probe is too weak, or without training or test rows, has a reason in place of
     scores. Deterministic given `cfg.seed`.
+
+    Arguments:
+      atoms: W, in the units of x.
+      unit: f ||W|| is divided by it for the probes on latents.
     """
     norm = np.linalg.norm(np.asarray(atoms, np.float64), axis=1)
-    # Latents as SAEBench's are: over atoms of unit norm, in the units of the activations.
+    # Latents over atoms of unit norm, as SAEBench's are.
     train_f, test_f = (
-        scipy.sparse.csr_array(half.codes.multiply(norm[None])) for half in (train, test)
+        scipy.sparse.csr_array(half.codes.multiply(norm[None] / unit)) for half in (train, test)
     )
     ranking = one_vs_rest.fit(
         train_f, train.y, batch_size=cfg.k_sparse_probe_batch_size,
@@ -231,9 +244,10 @@ def score(
         for reading in READINGS:
             signed = reading != "_saebench"
             x = test.x[rows] - offset[None] if reading == "_centred" else test.x[rows]
-            one.main[reading] = main[signed]
+            chosen, one.main_f1[reading] = main[signed]
+            one.main[reading] = chosen
             one.fraction[reading], one.full[reading] = absorbed(
-                test.codes[rows], atoms, x, probe.weight[c], main[signed], signed=signed
+                test.codes[rows], atoms, x, probe.weight[c], chosen, signed=signed
             )
     return scores
 
@@ -243,21 +257,21 @@ def _main(
     train: tuple[scipy.sparse.csr_array, Bool[np.ndarray, " n"]],
     test: tuple[scipy.sparse.csr_array, Bool[np.ndarray, " n"]],
     cfg: Config,
-) -> dict[bool, list[int]]:
-    """A class's main features for signed codes, and as SAEBench finds them."""
+) -> dict[bool, tuple[list[int], float]]:
+    """A class's main features and their F1: for signed codes (True), and as SAEBench finds them."""
     codes, y = train
     total = np.asarray(codes[y].sum(axis=0)).ravel()
-    found: dict[tuple[int, ...], list[int]] = {}
+    found: dict[tuple[int, ...], tuple[list[int], float]] = {}
     main = {}
     for signed in (True, False):
         toward = weight * np.where(signed & (total < 0), -1, 1)
-        order = np.argsort(-toward, kind="stable")[: cfg.max_k_value]
-        key = tuple(order.tolist())
-        if key not in found:
-            found[key], _ = one_vs_rest.main_features(
+        order = tuple(np.argsort(-toward, kind="stable")[: cfg.max_k_value].tolist())
+        if order not in found:
+            features, scores = one_vs_rest.main_features(
                 order, train, test, jump=cfg.f1_jump_threshold
             )
-        main[signed] = found[key]
+            found[order] = features, scores[len(features) - 1]
+        main[signed] = found[order]
     return main
 
 
@@ -272,35 +286,3 @@ def _reason(n_positive: int, n: int, f1: float | None, cfg: Config) -> str | Non
     if f1 <= cfg.min_probe_f1:
         return f"the probe's F1 is {f1:.2f}, not above {cfg.min_probe_f1}"
     return None
-
-
-def summary(
-    scores: list[ClassScore], cfg: Config
-) -> tuple[dict[str, dict[str, float | None]], dict[str, str]]:
-    """The category "mean" of the metrics, and why any of them is None.
-
-    Deviations are over letters, with n - 1 below.
-    """
-    counted = [one for one in scores if one.reason is None]
-    metrics: dict[str, float | None] = {}
-    null = {}
-    for reading in READINGS:
-        columns = {
-            "absorption_fraction_score": [one.fraction[reading].mean() for one in counted],
-            "full_absorption_score": [one.full[reading].mean() for one in counted],
-            "num_split_features": [len(one.main[reading]) for one in counted],
-        }
-        for name, values in columns.items():
-            for kind, least in (("mean", 1), ("std_dev", 2)):
-                key = f"{kind}_{name}{reading}"
-                enough = len(values) >= max(least, cfg.min_feats_for_eval)
-                deviation = kind == "std_dev"
-                metrics[key] = None
-                if enough:
-                    metrics[key] = float(np.std(values, ddof=1) if deviation else np.mean(values))
-                else:
-                    null[f"mean.{key}"] = (
-                        f"{len(values)} letters have a probe with an F1 above {cfg.min_probe_f1}, "
-                        f"expected {max(least, cfg.min_feats_for_eval)}"
-                    )
-    return {"mean": metrics}, null

@@ -110,9 +110,8 @@ def rows(truth: Hierarchy, n: int, *, draw: int) -> HierarchyRows:
     child[(size == 0) | (rng.random(shape) >= config.child_rate)] = -1
     x = size @ truth.parents
     row, parent = np.nonzero(child >= 0)
-    np.add.at(
-        x, row, size[row, parent, None] * truth.children[parent, child[row, parent]]
-    )  # a row may have several children
+    # A row may have several children.
+    np.add.at(x, row, size[row, parent, None] * truth.children[parent, child[row, parent]])
     x += config.noise * rng.standard_normal(x.shape)
     return HierarchyRows(x.astype(np.float32), size, child)
 
@@ -167,7 +166,8 @@ def score_synthetic(
     train, test = (rows(truth, n, draw=2 * seed + i) for i, n in enumerate((n_train, n_test)))
     w, offset = frame(coder)
     coded = [encode(coder, here.x) for here in (train, test)]
-    return figures(truth, train, test, coded, w, offset, seed=seed)
+    scale = float(coder.normaliser.scale)
+    return figures(truth, train, test, coded, w, offset, unit=scale, seed=seed)
 
 
 def figures(
@@ -178,6 +178,7 @@ def figures(
     atoms: Float[np.ndarray, "m d"],
     offset: Float[np.ndarray, " d"],
     *,
+    unit: float = 1.0,
     seed: int = 0,
 ) -> dict[str, float | int | None]:
     """What `score_synthetic` tells, of codes of the two halves that are given.
@@ -191,20 +192,18 @@ def figures(
     halves = [Half(here.x, f, here.size > 0) for here, f in zip((train, test), coded, strict=True)]
     names = [str(i) for i in range(truth.config.parents)]
     cfg = Config("planted", seed=seed, min_feats_for_eval=1, k_sparse_probe_batch_size=256)
-    scores = score(halves[0], halves[1], atoms, offset, probe(truth), names, cfg)
+    scores = score(halves[0], halves[1], atoms, offset, probe(truth), names, cfg, unit=unit)
     counted = [one for one in scores if one.reason is None]
     told: dict[str, float | int | None] = {"n_parents": len(counted)}
     for reading in READINGS:
         for where in ("", "_where_children_fire"):
-            of = [_rows_of(one, test, bool(where)) for one in counted]
-            for name in ("fraction", "full"):
-                values = [
-                    getattr(one, name)[reading][chosen]
-                    for one, chosen in zip(counted, of, strict=True)
-                ]
-                key = {"fraction": "absorption_fraction", "full": "full_absorption"}[name]
-                told[f"{key}{where}{reading}"] = _mean([v.mean() for v in values if len(v)])
-        told[f"num_split_features{reading}"] = _mean([len(one.main[reading]) for one in counted])
+            of = {one.name: _rows_of(one, test, bool(where)) for one in counted}
+            fraction = [one.fraction[reading][of[one.name]] for one in counted]
+            full = [one.full[reading][of[one.name]] for one in counted]
+            told[f"absorption_fraction{where}{reading}"] = _mean_of_means(fraction)
+            told[f"full_absorption{where}{reading}"] = _mean_of_means(full)
+        splits = [np.array([len(one.main[reading])]) for one in counted]
+        told[f"num_split_features{reading}"] = _mean_of_means(splits)
     return told
 
 
@@ -214,5 +213,7 @@ def _rows_of(one: ClassScore, test: HierarchyRows, with_child: bool) -> np.ndarr
     return fires if with_child else np.ones_like(fires)
 
 
-def _mean(values: list[float] | list[int]) -> float | None:
-    return float(np.mean(values)) if values else None
+def _mean_of_means(values: list[np.ndarray]) -> float | None:
+    """Over parents that have rows; None where none has."""
+    means = [one.mean() for one in values if len(one)]
+    return float(np.mean(means)) if means else None

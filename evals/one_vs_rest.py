@@ -107,7 +107,8 @@ def _step(
         )
 
     slope = jax.tree.map(lambda g, p: g + decay * p, jax.grad(loss)(parameters), parameters)
-    update, state = _ADAM.update(slope, state)
+    with jax.numpy_dtype_promotion("standard"):  # Optax raises floats to integer powers
+        update, state = _ADAM.update(slope, state)
     return jax.tree.map(lambda p, u: p - rate * u, parameters, update), state
 
 
@@ -117,7 +118,7 @@ def f1(y: Bool[np.ndarray, " n"], told: Bool[np.ndarray, " n"]) -> float:
 
 
 def main_features(
-    order: np.ndarray,
+    order: tuple[int, ...],
     train: tuple[scipy.sparse.csr_array, Bool[np.ndarray, " n"]],
     test: tuple[scipy.sparse.csr_array, Bool[np.ndarray, " n"]],
     *,
@@ -148,5 +149,5 @@ def main_features(
             model = LogisticRegression(class_weight="balanced", max_iter=500).fit(seen, y)
         scores.append(f1(truth, model.decision_function(unseen) > 0))
         if k > 1 and scores[-1] <= scores[-2] + jump:
-            return order[: k - 1].tolist(), scores
-    return order.tolist(), scores
+            return list(order[: k - 1]), scores
+    return list(order), scores

@@ -36,6 +36,7 @@ class Prompts:
       word: of each prompt, with its leading space.
       token: [n c].
       n_train: how many are for training.
+      share: of the words that could have been asked for, how many are.
       counts: words of the vocabulary, words and prompts dropped because they tokenise to another
         number of tokens than most, and the tokens that would follow the word in a prompt.
     """
@@ -43,6 +44,7 @@ class Prompts:
     word: tuple[str, ...]
     token: np.ndarray
     n_train: int
+    share: float
     counts: dict[str, int]
 
     @property
@@ -110,6 +112,7 @@ def prompts(tokenizer: Any, *, n_words: int | None, n_examples: int, seed: int) 
         word=tuple(chosen[i] for i in kept),
         token=np.array([[*start, *found[i][0][: shape[1] + 1]] for i in kept], np.int32),
         n_train=sum(i < n_train for i in kept),
+        share=len(kept) / len(usable),
         counts={
             "vocabulary": len(words),
             "dropped_words": len(words) - len(usable),
