@@ -34,9 +34,9 @@ Three readings stand side by side, the last two under marked names:
 Other departures: the seed and the hook are honoured; the parts are measured on the prompts of the
 probing, not on prompts drawn anew; atoms need not have unit norm, as SAEBench expects them to; the
 probes are trained in JAX; words are a seeded sample, of 4,000 by default. The probe on latents sees
-them in the coder's units, not the model's (Adam's steps know no scale, and Gemma 3's activations
-are some 50 times Gemma 2's: dead latents then come first), and where only a share of the vocabulary
-is asked for, its batch of 4,096 shrinks by that share: as many steps as the whole would take.
+them in the coder's units, not the model's: Adam's steps know no scale, and at Gemma 3's norms of
+some 7,000 dead latents come first. Where only a share of the vocabulary is asked for, its batch of
+4,096 shrinks by that share: as many steps as the whole would take, where one an epoch are too few.
 Without a normaliser's scale, and with all words, both are SAEBench's.
 """
 

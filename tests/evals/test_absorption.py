@@ -172,14 +172,15 @@ def test_a_smaller_last_batch_and_sparse_rows_change_nothing_else() -> None:
 
 def test_main_features_end_where_another_adds_little() -> None:
     rng = np.random.default_rng(2)
-    codes = (rng.random((2000, 4)) < 0.3).astype(float)
-    y = (codes[:, 2] + codes[:, 0]) > 0
-    half = scipy.sparse.csr_array(codes[:1000]), y[:1000]
-    other = scipy.sparse.csr_array(codes[1000:]), y[1000:]
+    codes = (rng.random((4000, 4)) < [0.3, 0.02, 0.3, 0.3]).astype(float)
+    y = codes[:, :3].any(axis=1)
+    half = scipy.sparse.csr_array(codes[:2000]), y[:2000]
+    other = scipy.sparse.csr_array(codes[2000:]), y[2000:]
     found, scores = one_vs_rest.main_features((2, 0, 1, 3), half, other, jump=0.03)
     assert found == [2, 0]
-    assert scores[1] == pytest.approx(1)
     assert len(scores) == 3
+    assert 0.001 < scores[2] - scores[1] < 0.03  # the rare one adds something
+    assert one_vs_rest.main_features((2, 0, 1, 3), half, other, jump=0.001)[0] == [2, 0, 1]
     assert one_vs_rest.main_features((2,), half, other, jump=0.03)[0] == [2]
 
 
@@ -307,6 +308,32 @@ def test_a_class_without_scores_has_a_reason() -> None:
         "mean_absorption_fraction", "full_absorption_rate", "num_full_absorption",
         "num_split_features",
     } <= set(table)  # fmt: skip
+
+
+def test_the_scale_of_the_activations_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The probe on latents sees the same, whatever the units of the model."""
+    seen: list[np.ndarray] = []
+    fit = one_vs_rest.fit
+
+    def spy(x: Any, *args: Any, **options: Any) -> Probe:
+        seen.append(x.toarray())
+        return fit(x, *args, **options)
+
+    monkeypatch.setattr(one_vs_rest, "fit", spy)
+    f, atoms, x, w = some_rows(4, signed=True)
+    y = (x @ w > 0)[:, None]
+    codes = scipy.sparse.csr_array(f)
+    told = []
+    for unit in (1.0, 1000.0):
+        halves = [
+            Half(unit * x[part], codes[part], y[part]) for part in (slice(400), slice(400, None))
+        ]
+        probe, cfg = Probe(w[None], np.zeros(1)), Config("x", k_sparse_probe_batch_size=64)
+        told += score(*halves, unit * atoms, np.zeros(6), probe, ["a"], cfg, unit=unit)
+    np.testing.assert_allclose(seen[0], seen[1])
+    np.testing.assert_allclose(seen[0], f[:400] * np.linalg.norm(atoms, axis=1))
+    assert told[0].main == told[1].main
+    np.testing.assert_allclose(told[0].fraction[""], told[1].fraction[""])
 
 
 def test_too_few_letters_give_null_with_the_reason() -> None:
