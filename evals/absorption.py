@@ -32,15 +32,6 @@ FAMILY = "absorption_first_letter"
 _BLOCK = 256
 
 
-def quick(hook: str, *, seed: int = 0) -> Config:
-    """A size that ends within 3 minutes for Gemma 3 270M on 2 cores.
-
-    Fewer examples in a prompt, which is what costs, and 10 letters are enough: with so few words,
-    the rare letters have no good probe.
-    """
-    return Config(hook, seed=seed, n_words=3000, n_examples=3, min_feats_for_eval=10)
-
-
 def summary(
     scores: list[ClassScore], cfg: Config
 ) -> tuple[dict[str, dict[str, float | None]], dict[str, str]]:

@@ -40,17 +40,21 @@ class Result:
     unstructured: dict[str, Any] = dataclasses.field(default_factory=dict)
     null: dict[str, str] = dataclasses.field(default_factory=dict)
 
+    def id(self, subject: dict[str, Any]) -> str:
+        """A hash of the family, its settings and the subject, see `envelope`."""
+        told = json.dumps([self.family, self.config, subject], sort_keys=True, default=str)
+        return hashlib.sha256(told.encode()).hexdigest()[:32]
+
     def envelope(self, subject: dict[str, Any]) -> dict[str, Any]:
         """The JSON table.
 
         Arguments:
           subject: which dictionary was measured: "id", "release", "commit", "config".
         """
-        told = json.dumps([self.family, self.config, subject], sort_keys=True, default=str)
         return {
             "eval_type_id": self.family,
             "eval_config": self.config,
-            "eval_id": hashlib.sha256(told.encode()).hexdigest()[:32],
+            "eval_id": self.id(subject),
             "datetime_epoch_millis": int(1000 * time.time()),
             "eval_result_metrics": self.metrics,
             "eval_result_details": self.details,

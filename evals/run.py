@@ -29,7 +29,7 @@ from activations.store import SEQUENCES, Store
 from activations.terminal import UserError, run_command
 from dictlearn.artifact import Run
 from dictlearn.interop import load
-from evals import core, results
+from evals import absorption, core, results
 from evals.results import Result
 
 
@@ -41,7 +41,7 @@ class EvalConfig:
       model, hook: the run's own, if left out.
       corpus: text of a dictionary that is not ours; the Python docs, if left out.
       context_length: of its sequences.
-      core: settings of that family (evals.core.Config, without the hook).
+      core, absorption: settings of these families, without the hook (their modules' Config).
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -51,6 +51,7 @@ class EvalConfig:
     corpus: Corpus | None = None
     context_length: int | None = None
     core: dict[str, Any] = dataclasses.field(default_factory=dict)
+    absorption: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 _WEIGHTS = (".safetensors", ".npz")
@@ -140,6 +141,11 @@ def _core(subject: Subject, *, quick: bool) -> tuple[Any, Callable[[], Result]]:
     return cfg, measure
 
 
+def _absorption(subject: Subject, *, quick: bool) -> tuple[Any, Callable[[], Result]]:
+    cfg = _settings(absorption.Config, subject, "absorption", quick=quick)
+    return cfg, lambda: absorption.run(subject.run.coder, subject.model, cfg)
+
+
 def _settings(kind: Any, subject: Subject, family: str, *, quick: bool) -> Any:
     table = getattr(subject.config, family)
     if "hook" in table:
@@ -149,7 +155,10 @@ def _settings(kind: Any, subject: Subject, family: str, *, quick: bool) -> Any:
 
 
 # Name: settings, and what measures with them.
-FAMILIES: dict[str, Callable[..., tuple[Any, Callable[[], Result]]]] = {"core": _core}
+FAMILIES: dict[str, Callable[..., tuple[Any, Callable[[], Result]]]] = {
+    "core": _core,
+    "absorption": _absorption,
+}
 
 
 def evaluate(
@@ -173,13 +182,17 @@ def evaluate(
     return found
 
 
+# SAEBench's names of families, where they are longer.
+_IDS = {"absorption": absorption.FAMILY}
+
+
 def _check_place(
     file: Path, family: str, cfg: Any, told: dict[str, Any], *, overwrite: bool
 ) -> None:
     if overwrite or not file.exists():
         return
     there = results.read(file)["eval_id"]
-    if there != Result(family, dataclasses.asdict(cfg), {}).envelope(told)["eval_id"]:
+    if there != Result(_IDS.get(family, family), dataclasses.asdict(cfg), {}).id(told):
         raise UserError(
             f"{file}: holds results of another dictionary, text or settings; "
             "pass --overwrite to replace them, or --out to keep both"

@@ -154,14 +154,14 @@ def test_mistakes_are_told(ours: Path, tmp_path: Path, tiny_model_dir: Path) -> 
 
 @pytest.mark.slow
 def test_the_command(ours: Path, run_command: Command, tmp_path: Path) -> None:
-    options = ["--set", "core.tokens=100", "--set", "core.behaviour_tokens=50"]
+    options = ["--evals", "core", "--set", "core.tokens=100", "--set", "core.behaviour_tokens=50"]
     code, out, errors = run_command("evals.run", ours, *options, cwd=tmp_path)
     assert code == 0, errors
     assert "headline.ce_increase" in out
     assert f"results in {ours}/evals" in out.replace("\n", "")
     assert (ours / "evals/core.json").exists()
     code, _, errors = run_command("evals.run", ours, "--evals", "cor")
-    assert (code, errors) == (2, "error: --evals: no 'cor' among core\n")
+    assert (code, errors) == (2, "error: --evals: no 'cor' among core, absorption\n")
     code, _, errors = run_command("evals.run", tmp_path)
     assert code == 2
     assert "no run there" in errors
