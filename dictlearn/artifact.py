@@ -56,6 +56,17 @@ class Run:
     metadata: dict[str, Any]
     metrics: dict[str, Any]
 
+    def check_weights(self, sha256: str) -> None:
+        """Raise UserError where a model's weights are not those that its rows come from."""
+        told = self.metadata["model"]
+        if sha256 != told["weights_sha256"]:
+            raise UserError(f"{self.path}: {told['spec']} holds other weights than at its harvest")
+
+    def check_store(self, path: Path, sha256: str) -> None:
+        """Raise UserError where a store's manifest is not that of the run's rows."""
+        if sha256 != self.metadata["store"]["manifest_sha256"]:
+            raise UserError(f"{self.path}: was fitted on another store than {path} is now")
+
 
 def check_place(output: Path | None, *, overwrite: bool) -> None:
     """Judge the place that a user named for a run, before anything is begun.

@@ -146,6 +146,11 @@ def bootstrap(
     return float(low), float(high)
 
 
+def bootstrap_mean(sums: np.ndarray, count: np.ndarray, *, seed: int) -> tuple[float, float]:
+    """95 % of a mean over tokens, from each document's sum [D] and number of tokens [D]."""
+    return bootstrap(lambda w: (w @ sums) / (w @ count), len(count), seed=seed)
+
+
 def nearest_cosine(atoms: Float[Array, "m d"]) -> Float[Array, " m"]:
     """Each atom's greatest |cos| with another atom. Zero atoms have cosine 0 with all."""
     if len(atoms) < 2:

@@ -126,6 +126,5 @@ def job_of(run: Run) -> Job:
     file = run.path / "config.toml"
     config = validate(FitConfig, read_toml(file, []), str(file))
     job = prepare(dataclasses.replace(config, harvest=None), str(file))
-    if job.store.manifest.sha256() != run.metadata["store"]["manifest_sha256"]:
-        raise UserError(f"{run.path}: was fitted on another store than {job.store.path} is now")
+    run.check_store(job.store.path, job.store.manifest.sha256())
     return job

@@ -12,24 +12,20 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax.numpy as jnp
 import numpy as np
-import scipy.sparse
 from jaxtyping import Bool, Float
 
 from activations.hooks import HookReader
 from activations.models import Model
-from activations.terminal import UserError
-from dictlearn.codes import SparseCodes
 from dictlearn.dictionary import Coder
 from evals import one_vs_rest, spelling
 from evals.absorption_scores import READINGS, ClassScore, Config, Half, score
+from evals.coding import coded, frame
+from evals.lm import check_width
 from evals.one_vs_rest import Probe
 from evals.results import Result
 
 FAMILY = "absorption_first_letter"
-# Rows coded at once.
-_BLOCK = 256
 
 
 def summary(
@@ -98,37 +94,15 @@ def prepare(model: Model, cfg: Config) -> Spelling:
     return dataclasses.replace(found, probe=probe)
 
 
-def encode(coder: Coder, x: Float[np.ndarray, "n d"]) -> scipy.sparse.csr_array:
-    """Codes [n a] of raw rows, zeros not stored."""
-    prepared, parts = coder.prepare(), []
-    for first in range(0, len(x), _BLOCK):
-        n = len(x[first : first + _BLOCK])
-        # Filled up to one shape, so that there is one trace.
-        codes = prepared.encode(np.pad(x[first : first + n], ((0, _BLOCK - n), (0, 0))))
-        values, indices = (np.asarray(a)[:n] for a in (codes.values, codes.indices))
-        row, slot = np.nonzero(values)
-        entries = (values[row, slot], (row, indices[row, slot]))
-        parts.append(scipy.sparse.csr_array(entries, (n, codes.n_atoms)))
-    return scipy.sparse.csr_array(scipy.sparse.vstack(parts))
-
-
-def frame(coder: Coder) -> tuple[Float[np.ndarray, "a d"], Float[np.ndarray, " d"]]:
-    """Atoms and offset in the units of raw rows: decode(f) = offset + f atoms."""
-    none = jnp.zeros((1, 1))
-    empty = SparseCodes(none.astype(jnp.int32), none, n_atoms=len(coder.atoms))
-    scale = float(coder.normaliser.scale)
-    return scale * np.asarray(coder.atoms, np.float64), np.asarray(coder.decode(empty))[0]
-
-
 def measure(coder: Coder, found: Spelling, cfg: Config) -> Result:
     """A dictionary's absorption, on activations that were read before.
 
     Raises:
       UserError: the dictionary is of another width than the hook.
     """
-    _check_width(coder, found.x.shape[1], cfg)
+    check_width(coder, cfg.hook, found.x.shape[1])
     atoms, offset = frame(coder)
-    codes, n = encode(coder, found.x), found.asked.n_train
+    (codes, _), n = coded(coder, found.x), found.asked.n_train
     train, test = (
         Half(found.x[part], codes[part], found.y[part]) for part in (slice(n), slice(n, None))
     )
@@ -164,7 +138,7 @@ def run(coder: Coder, model: Model, cfg: Config) -> Result:
       UserError: the model has no such hook; the dictionary does not fit it.
     """
     # Before the model runs for minutes.
-    _check_width(coder, HookReader(model.bridge, (cfg.hook,)).widths[cfg.hook], cfg)
+    check_width(coder, cfg.hook, HookReader(model.bridge, (cfg.hook,)).widths[cfg.hook])
     try:
         found = prepare(model, cfg)
     except spelling.TooFewWordsError as error:
@@ -173,12 +147,3 @@ def run(coder: Coder, model: Model, cfg: Config) -> Result:
             FAMILY, dataclasses.asdict(cfg), metrics, null=dict.fromkeys(null, str(error))
         )
     return measure(coder, found, cfg)
-
-
-def _check_width(coder: Coder, width: int, cfg: Config) -> None:
-    own = coder.dictionary.atoms.shape[1]
-    if own != width:
-        raise UserError(
-            f"absorption: the dictionary has width {own}, {cfg.hook} has {width}; "
-            "is it the hook that the dictionary was fitted on?"
-        )

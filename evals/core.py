@@ -83,7 +83,7 @@ def run(
       UserError: the hook is not the model's, or has another width; no token counts.
     """
     forward = Forward(model, cfg.hook)
-    check_width(coder, forward)
+    check_width(coder, cfg.hook, forward.width)
     if document is None:
         special = np.isin(tokens, model.tokenizer.all_special_ids)
         document = np.where(special, -1, np.arange(len(tokens))[:, None])
@@ -224,7 +224,7 @@ def _interval(values: np.ndarray, owner: np.ndarray, seed: int) -> tuple[float, 
     """95 %, of a mean over tokens, by bootstrap over documents."""
     _, place = np.unique(owner, return_inverse=True)
     sums, count = np.bincount(place, values), np.bincount(place)
-    return metrics.bootstrap(lambda w: (w @ sums) / (w @ count), len(count), seed=seed)
+    return metrics.bootstrap_mean(sums, count, seed=seed)
 
 
 def _result(

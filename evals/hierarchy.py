@@ -27,8 +27,8 @@ from pydantic import Field
 
 from dictlearn.dictionary import Coder
 from dictlearn.encoders.omp import OMP
-from evals.absorption import encode, frame
 from evals.absorption_scores import READINGS, ClassScore, Config, Half, score
+from evals.coding import coded, frame
 from evals.one_vs_rest import Probe
 from evals.recovery import plain_coder
 
@@ -165,9 +165,9 @@ def score_synthetic(
     """
     train, test = (rows(truth, n, draw=2 * seed + i) for i, n in enumerate((n_train, n_test)))
     w, offset = frame(coder)
-    coded = [encode(coder, here.x) for here in (train, test)]
+    codes = [coded(coder, here.x)[0] for here in (train, test)]
     scale = float(coder.normaliser.scale)
-    return figures(truth, train, test, coded, w, offset, unit=scale, seed=seed)
+    return figures(truth, train, test, codes, w, offset, unit=scale, seed=seed)
 
 
 def figures(

@@ -87,13 +87,13 @@ def _next_block(hook: str, n_layers: int) -> int | None:
     return block if block < n_layers else None
 
 
-def check_width(coder: Coder, forward: Forward) -> None:
-    """Raise UserError where a dictionary's rows are not as wide as what the hook sees."""
-    width = coder.dictionary.atoms.shape[1]
-    if width != forward.width:
+def check_width(coder: Coder, hook: str, width: int) -> None:
+    """Raise UserError where a dictionary's rows are not as wide as what a hook sees."""
+    own = coder.dictionary.atoms.shape[1]
+    if own != width:
         raise UserError(
-            f"the dictionary's rows have {width} entries, but {forward.hook} of this model has "
-            f"{forward.width}: it is of another model or hook"
+            f"the dictionary's rows have {own} entries, but {hook} of this model has {width}: "
+            "it is of another model or hook"
         )
 
 

@@ -16,6 +16,7 @@ from dictlearn import metrics
 from dictlearn.dictionary import Coder, Dictionary, Normaliser
 from dictlearn.encoders.base import AbstractEncoder
 from evals import planted
+from evals.coding import coded
 from evals.planted import Sample, Truth, unit
 
 
@@ -147,7 +148,7 @@ def score(
     before, slope = (None, None)
     if len(truth.readout):
         before, slope = planted.loss(truth, sample.x, sample.label)
-    codes, x_hat = _encode(coder, sample.x, slope if gradients else None)
+    codes, x_hat = coded(coder, sample.x, gradient=slope if gradients else None)
     sign = np.where(chosen >= 0, np.sign(cosine), 0)
     learned = _signs(codes[:, np.maximum(chosen, 0)].multiply(sign[None]))  # [n F]
     true = _signs(sample.codes)
@@ -193,23 +194,3 @@ def _nearest(atoms: np.ndarray, directions: np.ndarray) -> np.ndarray:
     atoms = unit(atoms)
     parts = (atoms[first : first + 1024] for first in range(0, len(atoms), 1024))
     return np.concatenate([np.abs(part @ directions.T).max(axis=1, initial=0) for part in parts])
-
-
-def _encode(
-    coder: Coder, x: np.ndarray, gradient: np.ndarray | None
-) -> tuple[scipy.sparse.csr_array, np.ndarray]:
-    """Codes [n m], zeros not stored, and reconstructions [n d]; 1024 rows at once, in one shape."""
-    prepared = coder.prepare()
-    parts, x_hat = [], np.empty_like(x)
-    for first in range(0, len(x), 1024):
-        here = slice(first, min(first + 1024, len(x)))
-        n = here.stop - first
-        filled = ((0, 1024 - n), (0, 0))
-        slope = None if gradient is None else np.pad(gradient[here], filled)
-        codes = prepared.encode(np.pad(x[here], filled), gradient=slope)
-        x_hat[here] = np.asarray(coder.decode(codes))[:n]
-        values, indices = (np.asarray(a)[:n] for a in (codes.values, codes.indices))
-        row, slot = np.nonzero(values)
-        entries = (values[row, slot], (row, indices[row, slot]))
-        parts.append(scipy.sparse.csr_array(entries, (n, codes.n_atoms)))
-    return scipy.sparse.csr_array(scipy.sparse.vstack(parts)), x_hat

@@ -89,16 +89,15 @@ class Subject:
                 f"e.g. {models.KINDS['hf']}"
             )
         model = models.load(spec)
-        if self.ours and model.identity.weights_sha256 != told["weights_sha256"]:
-            raise UserError(f"{self.run.path}: {spec} holds other weights than at its harvest")
+        if self.ours:
+            self.run.check_weights(model.identity.weights_sha256)
         return model
 
     def text(self) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and documents of sequences [s c]; negative where a token does not count."""
         if self.ours and self.config.corpus is None:
             store = Store(self.run.metadata["store"]["path"])
-            if store.manifest.sha256() != self.run.metadata["store"]["manifest_sha256"]:
-                raise UserError(f"{self.run.path}: was fitted on another store than {store.path}")
+            self.run.check_store(store.path, store.manifest.sha256())
             token, document = np.array(store.sequences).swapaxes(0, 1)
             test = np.isin(document, self.run.metadata["split"]["test"])
             document = np.where(test, document, -1)

@@ -89,7 +89,7 @@ def measure(coder: Coder, job: Job, where: Place, mode: str) -> Line:
         "fvu_bulk": seen.fvu_bulk,
         **ce,
         "ce_increase": ce["ce_hat"] - ce["ce_model"],
-        "ce_increase_interval": _interval(increase, count),
+        "ce_increase_interval": metrics.bootstrap_mean(increase, count, seed=0),
         "loss_recovered": (ce["ce_zero"] - ce["ce_hat"]) / (ce["ce_zero"] - ce["ce_model"]),
         "n_tokens": int(count.sum()),
         "by_document": {
@@ -99,11 +99,6 @@ def measure(coder: Coder, job: Job, where: Place, mode: str) -> Line:
         },
         "replay_error": clean.error,
     }
-
-
-def _interval(sums: np.ndarray, count: np.ndarray) -> tuple[float, float]:
-    """95 %, of a mean over tokens, by bootstrap over documents."""
-    return metrics.bootstrap(lambda w: (w @ sums) / (w @ count), len(count), seed=0)
 
 
 def identity(run: Run, mode: str, n_tokens: int) -> Line:
@@ -152,8 +147,7 @@ class Measurer:
         if told["spec"] not in self._models:
             self._models[told["spec"]] = models.load(told["spec"])
         model = self._models[told["spec"]]
-        if model.identity.weights_sha256 != told["weights_sha256"]:
-            raise UserError(f"{run.path}: {told['spec']} holds other weights than at its harvest")
+        run.check_weights(model.identity.weights_sha256)
         return model
 
 
@@ -198,7 +192,10 @@ def show(found: list[Line]) -> None:
         apart = (increase - np.array(first["by_document"]["ce_increase"])) * count
         rest = ("", "")
         if first is not line:
-            rest = f"{apart.sum() / count.sum():+.4f}", _range(_interval(apart, count))
+            rest = (
+                f"{apart.sum() / count.sum():+.4f}",
+                _range(metrics.bootstrap_mean(apart, count, seed=0)),
+            )
         table.add_row(
             Path(line["run"]).name, line["mode"], f"{line['l0']:.1f}", f"{line['fvu_bulk']:.4f}",
             f"{line['ce_increase']:.4f}", _range(line["ce_increase_interval"]),

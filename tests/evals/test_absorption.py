@@ -23,7 +23,7 @@ from activations.models import Model
 from activations.terminal import UserError
 from dictlearn.dictionary import Coder, Normaliser
 from dictlearn.encoders.omp import OMP
-from evals import absorption, hierarchy, one_vs_rest, results, spelling
+from evals import absorption, coding, hierarchy, one_vs_rest, results, spelling
 from evals.absorption_scores import READINGS, ClassScore, Config, Half, absorbed, score
 from evals.one_vs_rest import Probe
 from evals.recovery import plain_coder
@@ -557,8 +557,8 @@ def test_codes_and_frame_are_the_coders(model: Model) -> None:
         eqx.tree_at(lambda d: d.bias, plain.dictionary, jnp.full(D, 0.5)),
         plain.encoder,
     )
-    atoms, offset = absorption.frame(coder)
-    codes = absorption.encode(coder, x)
+    atoms, offset = coding.frame(coder)
+    codes, _ = coding.coded(coder, x)
     np.testing.assert_allclose(
         offset[None] + codes @ atoms, coder.decode(coder.encode(x)), rtol=1e-4, atol=1e-4
     )
@@ -566,7 +566,7 @@ def test_codes_and_frame_are_the_coders(model: Model) -> None:
 
 def test_a_misfit_is_told(model: Model) -> None:
     narrow = plain_coder(np.eye(4, 5, dtype=np.float32), OMP(k=2))
-    with pytest.raises(UserError, match=r"width 5.* has 16"):
+    with pytest.raises(UserError, match=r"5 entries, but .* has 16"):
         absorption.run(narrow, model, small(n_words=30))
     with pytest.raises(UserError, match="hook"):
         absorption.run(some_coder(), model, small(hook="blocks.9.hook_resid_post"))
