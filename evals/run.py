@@ -29,7 +29,7 @@ from activations.store import SEQUENCES, Store
 from activations.terminal import UserError, run_command
 from dictlearn.artifact import Run
 from dictlearn.interop import load
-from evals import absorption, core, results
+from evals import absorption, core, results, sae_probes, scr, sparse_probing, tpp
 from evals.results import Result
 
 
@@ -41,7 +41,7 @@ class EvalConfig:
       model, hook: the run's own, if left out.
       corpus: text of a dictionary that is not ours; the Python docs, if left out.
       context_length: of its sequences.
-      core, absorption: settings of these families, without the hook (their modules' Config).
+      core, ...: settings of these families, without the hook (their modules' Config).
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -51,7 +51,11 @@ class EvalConfig:
     corpus: Corpus | None = None
     context_length: int | None = None
     core: dict[str, Any] = dataclasses.field(default_factory=dict)
+    sparse_probing: dict[str, Any] = dataclasses.field(default_factory=dict)
+    sparse_probing_sae_probes: dict[str, Any] = dataclasses.field(default_factory=dict)
     absorption: dict[str, Any] = dataclasses.field(default_factory=dict)
+    scr: dict[str, Any] = dataclasses.field(default_factory=dict)
+    tpp: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 _WEIGHTS = (".safetensors", ".npz")
@@ -130,59 +134,87 @@ class Subject:
         }  # fmt: skip
 
 
-def _core(subject: Subject, *, quick: bool) -> tuple[Any, Callable[[], Result]]:
-    cfg = _settings(core.Config, subject, "core", quick=quick)
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """What a family is.
 
-    def measure() -> Result:
-        token, document = subject.text()
-        return core.run(subject.run.coder, subject.model, token, cfg, document)
+    Attributes:
+      id: SAEBench's name of it.
+      config: its settings.
+      measure: what gives the result.
+    """
 
-    return cfg, measure
-
-
-def _absorption(subject: Subject, *, quick: bool) -> tuple[Any, Callable[[], Result]]:
-    cfg = _settings(absorption.Config, subject, "absorption", quick=quick)
-    return cfg, lambda: absorption.run(subject.run.coder, subject.model, cfg)
-
-
-def _settings(kind: Any, subject: Subject, family: str, *, quick: bool) -> Any:
-    table = getattr(subject.config, family)
-    if "hook" in table:
-        raise UserError(f"{family}.hook: unknown key; the hook stands at the top")
-    cfg = validate(kind, table | {"hook": subject.hook}, "evals", f"{family}.")
-    return cfg.quick() if quick else cfg
+    id: str
+    config: Any
+    measure: Callable[[Subject, Any], Result]
 
 
-# Name: settings, and what measures with them.
-FAMILIES: dict[str, Callable[..., tuple[Any, Callable[[], Result]]]] = {
-    "core": _core,
-    "absorption": _absorption,
+def _core(subject: Subject, cfg: core.Config) -> Result:
+    token, document = subject.text()
+    return core.run(subject.run.coder, subject.model, token, cfg, document)
+
+
+def _plain(module: Any, name: str) -> Family:
+    return Family(
+        name, module.Config, lambda subject, cfg: module.run(subject.run.coder, subject.model, cfg)
+    )
+
+
+FAMILIES = {
+    "core": Family("core", core.Config, _core),
+    "sparse_probing": _plain(sparse_probing, "sparse_probing"),
+    "sparse_probing_sae_probes": _plain(sae_probes, sae_probes.FAMILY),
+    "absorption": _plain(absorption, absorption.FAMILY),
+    "scr": _plain(scr, "scr"),
+    "tpp": _plain(tpp, "tpp"),
 }
+
+
+# What needs no labelled texts.
+ALWAYS = ("core", "absorption", "scr")
+
+
+def settings_of(subject: Subject, name: str, *, quick: bool) -> Any:
+    """A family's settings; files of labelled texts with their hash.
+
+    Raises:
+      UserError: a setting is unknown or out of range; a file is missing.
+    """
+    table = getattr(subject.config, name)
+    if "hook" in table:
+        raise UserError(f"{name}.hook: unknown key; the hook stands at the top")
+    cfg = validate(FAMILIES[name].config, table | {"hook": subject.hook}, "evals", f"{name}.")
+    if sets := getattr(cfg, "sets", ()):
+        cfg = dataclasses.replace(cfg, sets=tuple(one.pinned() for one in sets))
+    return cfg.quick() if quick else cfg
 
 
 def evaluate(
     subject: Subject, families: list[str], out: Path, *, quick: bool, overwrite: bool
-) -> dict[str, dict[str, Any]]:
-    """Do what is not done yet; the envelope of every family.
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Do what is not done yet.
+
+    Returns:
+      The envelope of every family that could be measured, and of the others why not.
 
     Raises:
-      UserError: a file holds results of other settings; as the families.
+      UserError: a file holds results of other settings; settings are wrong.
     """
     told = subject.told()
-    planned = {name: FAMILIES[name](subject, quick=quick) for name in families}
-    for name, (cfg, _) in planned.items():  # before any work
+    planned = {name: settings_of(subject, name, quick=quick) for name in families}
+    for name, cfg in planned.items():  # before any work
         _check_place(out / f"{name}.json", name, cfg, told, overwrite=overwrite)
-    found = {}
-    for name, (_, measure) in planned.items():
+    found, failed = {}, {}
+    for name, cfg in planned.items():
         file = out / f"{name}.json"
         if overwrite or not file.exists():
-            results.write(file, measure(), told)
+            try:
+                results.write(file, FAMILIES[name].measure(subject, cfg), told)
+            except UserError as error:
+                failed[name] = str(error)
+                continue
         found[name] = results.read(file)
-    return found
-
-
-# SAEBench's names of families, where they are longer.
-_IDS = {"absorption": absorption.FAMILY}
+    return found, failed
 
 
 def _check_place(
@@ -191,7 +223,7 @@ def _check_place(
     if overwrite or not file.exists():
         return
     there = results.read(file)["eval_id"]
-    if there != Result(_IDS.get(family, family), dataclasses.asdict(cfg), {}).id(told):
+    if there != Result(FAMILIES[family].id, dataclasses.asdict(cfg), {}).id(told):
         raise UserError(
             f"{file}: holds results of another dictionary, text or settings; "
             "pass --overwrite to replace them, or --out to keep both"
@@ -201,41 +233,57 @@ def _check_place(
 def show(found: dict[str, dict[str, Any]]) -> None:
     """The headline of every family."""
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    for title in ("family", "figure", "value", "95 %"):
+    for title in ("family", "figure", "value", "95 %, or +- over seeds"):
         table.add_column(title, no_wrap=True)
+    console = Console(highlight=False, width=120)
     for name, envelope in found.items():
         for category, values in envelope["eval_result_metrics"].items():
             for key, value in values.items():
-                if not re.search("_interval$|_saebench060$", key):
-                    ends = values.get(f"{key}_interval")
+                if not re.search("_interval$|_seed_std$|_saebench060$", key):
+                    ends, std = values.get(f"{key}_interval"), values.get(f"{key}_seed_std")
                     told = "" if not ends or None in ends else f"{ends[0]:.4g} to {ends[1]:.4g}"
+                    told = told if std is None else f"+- {std:.2g}"
                     shown = "null" if value is None else f"{value:.5g}"
                     table.add_row(name, f"{category}.{key}", shown, told)
-    Console(highlight=False, width=110).print(table)
+    console.print(table)
+    for name, envelope in found.items():
+        if caveat := envelope["eval_result_unstructured"].get("caveat"):
+            console.print(f"\n{name}: {caveat}")
 
 
 def main() -> None:
     """Entry of `python -m evals.run`."""
     parser = argparse.ArgumentParser(prog="python -m evals.run", description=__doc__)
     parser.add_argument("dictionary", type=Path, help="a run, or another's dictionary")
-    parser.add_argument("--evals", default=",".join(FAMILIES), help=", ".join(FAMILIES))
+    parser.add_argument(
+        "--evals", metavar="FAMILY,...",
+        help=f"of {', '.join(FAMILIES)}; default: {', '.join(ALWAYS)}, and what has settings",
+    )  # fmt: skip
     parser.add_argument("--config", type=Path, help="a TOML file")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--out", type=Path, help="default: RUN/evals; for others runs/NAME-evals")
     parser.add_argument("--quick", action="store_true", help="within three minutes on two cores")
     parser.add_argument("--overwrite", action="store_true", help="measure again what is there")
     arguments = parser.parse_args()
-    families = arguments.evals.split(",")
+    table = read_toml(arguments.config or Path("/dev/null"), arguments.set)
+    families = [name for name in FAMILIES if name in ALWAYS or name in table]
+    if arguments.evals is not None:
+        families = arguments.evals.split(",")
     if unknown := [name for name in families if name not in FAMILIES]:
         raise UserError(f"--evals: no {unknown[0]!r} among {', '.join(FAMILIES)}")
-    table = read_toml(arguments.config or Path("/dev/null"), arguments.set)
     config = validate(EvalConfig, table, str(arguments.config or "--set"))
     subject = Subject(load(arguments.dictionary), config)
     path = subject.run.path
     own = path / "evals" if subject.ours else Path("runs") / f"{path.absolute().name}-evals"
     out = arguments.out or own
-    show(evaluate(subject, families, out, quick=arguments.quick, overwrite=arguments.overwrite))
-    Console(highlight=False).print(f"\nresults in {out}")
+    found, failed = evaluate(
+        subject, families, out, quick=arguments.quick, overwrite=arguments.overwrite
+    )
+    show(found)
+    if found:
+        Console(highlight=False).print(f"\nresults in {out}")
+    if failed:
+        raise UserError("; ".join(f"{name}: {why}" for name, why in failed.items()))
 
 
 if __name__ == "__main__":

@@ -89,7 +89,10 @@ def subject(path: Path, **table: Any) -> Subject:
 
 def measured(of: Subject, out: Path, **flags: bool) -> dict[str, Any]:
     options = {"quick": False, "overwrite": False} | flags
-    return run.evaluate(of, ["core"], out, **options)["core"]
+    found, failed = run.evaluate(of, ["core"], out, **options)
+    if failed:
+        raise UserError(failed["core"])
+    return found["core"]
 
 
 def test_a_run_of_ours_is_measured_on_its_test_documents(ours: Path, tmp_path: Path) -> None:
@@ -161,7 +164,7 @@ def test_the_command(ours: Path, run_command: Command, tmp_path: Path) -> None:
     assert f"results in {ours}/evals" in out.replace("\n", "")
     assert (ours / "evals/core.json").exists()
     code, _, errors = run_command("evals.run", ours, "--evals", "cor")
-    assert (code, errors) == (2, "error: --evals: no 'cor' among core, absorption\n")
+    assert (code, errors) == (2, f"error: --evals: no 'cor' among {', '.join(run.FAMILIES)}\n")
     code, _, errors = run_command("evals.run", tmp_path)
     assert code == 2
     assert "no run there" in errors

@@ -1,0 +1,185 @@
+"""Spurious correlation removal: SAEBench 0.6.0's SCR. See evals.ablation.
+
+Of two labels A and B, a probe is trained on texts where they always go together. On texts where
+they do not, tested for A with B's latents taken out (dir1), or for B without A's (dir2),
+
+    score = (ablated - biased) / (clean - biased),
+
+clean being the accuracy of a probe that was trained without the correlation. `scr_metric` is of the
+direction with the lower biased accuracy. Figures are means over pairs and seeds; `_seed_std` is the
+deviation over seeds. Where clean - biased < 0.001 a score is left out, and SAEBench's is 0; where
+both directions are biased alike the metric is their mean, and SAEBench's is missing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import Field
+
+from activations.hooks import HookReader
+from activations.models import Model
+from activations.terminal import UserError, progress
+from dictlearn.dictionary import Coder
+from evals import cache
+from evals.ablation import AblationConfig, Bench, benches, n_values, result
+from evals.linear_probe import LinearProbe
+from evals.lm import check_width
+from evals.pooled import pool
+from evals.results import Result
+from evals.sparse_probing import spread
+from evals.texts import Labelled, LabelledSet, Occupations
+
+_SMALL = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(AblationConfig):
+    """Settings; `train_per_class` and `test_per_class` are of a pair's labels, in even numbers.
+
+    Attributes:
+      sets: with a second label, whose two most frequent values are taken; biographies made by
+        program if left out (evals.occupations).
+      pairs: of labels, in each set; left out: its labels two by two, in their order.
+      max_pairs: of these.
+    """
+
+    sets: Annotated[tuple[LabelledSet, ...], Field(min_length=1)] = (Occupations("occupations"),)
+    pairs: Annotated[tuple[tuple[str, str], ...], Field(min_length=1)] | None = None
+    max_pairs: Annotated[int, Field(ge=1)] = 4
+
+    def quick(self) -> Config:
+        """One pair, with 120 and 80 texts a class."""
+        return dataclasses.replace(
+            self, sets=self.sets[:1], max_pairs=1, train_per_class=120, test_per_class=80,
+            context_length=64,
+        )  # fmt: skip
+
+
+def run(coder: Coder, model: Model, cfg: Config) -> Result:
+    """Spurious correlation removal.
+
+    Raises:
+      UserError: the dictionary does not fit the hook; a set is not to be read, has no second label,
+        or too few texts of one of the four combinations.
+    """
+    check_width(coder, cfg.hook, HookReader(model.bridge, (cfg.hook,)).widths[cfg.hook])
+    drawn = [own for one in cfg.sets for own in _pairs(one.read(), cfg)]
+    details = []
+    for own in drawn:
+        rows = pool(coder, cache.read(model, cfg.hook, own.text, length=cfg.context_length))
+        found, both = [], benches(coder, rows, cfg)
+        seeds = range(cfg.seed, cfg.seed + cfg.n_seeds)
+        for seed in progress(iterable=seeds, desc=f"scr {own.name}", unit="seed", delay=3):
+            found.append({})
+            for suffix, bench in both.items():
+                told = remove(bench, own.corners, own.n_train, n_values(coder, cfg), seed)
+                found[-1] |= {f"{key}{suffix}": value for key, value in told.items()}
+        n_test = len(own.corners["+-"]) - own.n_train
+        sizes = {"n_train": 2 * own.n_train, "n_test": 2 * n_test}
+        details.append({"dataset_name": own.name} | sizes | spread(found))
+    return result("scr", cfg, coder, details)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pair:
+    """Texts with two labels.
+
+    Attributes:
+      corners: indices of texts by their two labels, "++", "+-", "-+" and "--"; of the first and the
+        last twice as many, for the biased probe.
+      n_train: how many of each, and twice as many of these two, train.
+    """
+
+    name: str
+    text: list[str]
+    corners: dict[str, np.ndarray]
+    n_train: int
+
+
+def _pairs(labelled: Labelled, cfg: Config) -> list[Pair]:
+    """The pairs of a set."""
+    if labelled.second is None:
+        raise UserError(
+            f"scr: {labelled.name} has no second label; name its field (second = ...), or another "
+            "of sae-probes' sets on the same texts (other = ...)"
+        )
+    names, count = np.unique(labelled.second, return_counts=True)
+    plus, minus = sorted(map(str, names[np.argsort(-count, kind="stable")[:2]]))
+    classes = labelled.classes
+    pairs = cfg.pairs or tuple(zip(classes[::2], classes[1::2], strict=False))
+    found = []
+    for a, b in pairs[: cfg.max_pairs]:
+        all_ = {
+            s + t: np.flatnonzero((labelled.label == x) & (labelled.second == y))
+            for s, x in (("+", a), ("-", b))
+            for t, y in (("+", plus), ("-", minus))
+        }
+        name = f"{labelled.name}: {a} / {b}, {plus} / {minus}"
+        double = {key: 1 + (key[0] == key[1]) for key in all_}
+        halved = {key: group[: len(group) // double[key]] for key, group in all_.items()}
+        half = {"n_train": cfg.train_per_class, "n_test": cfg.test_per_class}
+        told = {key: None if n is None else n // 2 for key, n in half.items()}
+        try:
+            drawn, n_train = labelled.draw(list(halved.values()), **told, seed=cfg.seed)
+        except UserError as error:
+            sizes = ", ".join(f"{key} {len(group)}" for key, group in all_.items())
+            raise UserError(f"scr: {name} ({sizes}): {error}") from None
+        rng = np.random.default_rng(cfg.seed)
+        each = len(drawn[0])
+        chosen = {key: rng.permutation(group)[: each * double[key]] for key, group in all_.items()}
+        at = np.cumsum([0, *(len(group) for group in chosen.values())])
+        corners = {key: np.arange(*at[i : i + 2]) for i, key in enumerate(chosen)}
+        text = [labelled.text[i] for group in chosen.values() for i in group]
+        found.append(Pair(name, text, corners, n_train))
+    return found
+
+
+def remove(
+    bench: Bench, corners: dict[str, np.ndarray], n_train: int, numbers: list[int], seed: int
+) -> dict[str, float]:
+    """A pair's figures, of one seed; NaN where a score is left out."""
+    rng = np.random.default_rng(seed)
+    shuffled = {key: rng.permutation(group) for key, group in corners.items()}
+    n = len(corners["+-"])
+
+    def texts(part: slice, plus: tuple[str, ...], minus: tuple[str, ...]) -> Any:
+        groups = [np.concatenate([shuffled[key][part] for key in of]) for of in (plus, minus)]
+        index = np.concatenate(groups)
+        order = rng.permutation(len(index))
+        return index[order], (np.arange(len(index)) < len(groups[0]))[order]
+
+    concepts = {"a": (("++", "+-"), ("-+", "--")), "b": (("++", "-+"), ("+-", "--"))}
+    train = {key: texts(slice(n_train), *of) for key, of in concepts.items()}
+    test = {key: texts(slice(n_train, n), *of) for key, of in concepts.items()}
+    # The rows of the corners that always go together, and no others.
+    twice = slice(2 * n_train), slice(2 * n_train, 2 * n)
+    biased_train, biased_test = (texts(part, ("++",), ("--",)) for part in twice)
+    own = {key: bench.train(train[key], test[key], seed) for key in concepts}
+    biased = bench.train(biased_train, biased_test, seed)
+
+    def accuracy(probe: LinearProbe, key: str, effects: np.ndarray | None, n: int = 0) -> float:
+        index, y = test[key]
+        x = bench.rows.x[index] if effects is None else bench.without(effects, n, index)
+        return float(probe.right(x, y).mean())
+
+    before = {key: accuracy(biased, key, None) for key in concepts}
+    found = {}
+    for n_latents in numbers:
+        scores = {}
+        for direction, tested, ablated in (("dir1", "a", "b"), ("dir2", "b", "a")):
+            effects = bench.effects(own[ablated], train[ablated], "scr")
+            gap = accuracy(own[tested], tested, None) - before[tested]
+            gain = accuracy(biased, tested, effects, n_latents) - before[tested]
+            small = 0.0 if bench.saebench else float("nan")
+            scores[direction] = gain / gap if gap >= _SMALL else small
+            found[f"scr_{direction}_threshold_{n_latents}"] = scores[direction]
+        if before["a"] == before["b"]:
+            both = np.mean(list(scores.values()))
+            metric = float("nan") if bench.saebench else float(both)
+        else:
+            metric = scores["dir1" if before["a"] < before["b"] else "dir2"]
+        found[f"scr_metric_threshold_{n_latents}"] = metric
+    return found
