@@ -66,7 +66,7 @@ def run(coder: Coder, model: Model, cfg: Config) -> Result:
         or too few texts of one of the four combinations.
     """
     check_width(coder, cfg.hook, HookReader(model.bridge, (cfg.hook,)).widths[cfg.hook])
-    drawn = [own for one in cfg.sets for own in _pairs(one.read(), cfg)]
+    drawn = [own for one in cfg.sets for own in pairs_of(one.read(), cfg)]
     details = []
     for own in drawn:
         rows = pool(coder, cache.read(model, cfg.hook, own.text, length=cfg.context_length))
@@ -99,7 +99,7 @@ class Pair:
     n_train: int
 
 
-def _pairs(labelled: Labelled, cfg: Config) -> list[Pair]:
+def pairs_of(labelled: Labelled, cfg: Config) -> list[Pair]:
     """The pairs of a set."""
     if labelled.second is None:
         raise UserError(
