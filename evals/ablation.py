@@ -21,6 +21,7 @@ concept erasure tasks" (arXiv 2411.18895).
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -168,11 +169,17 @@ def result(family: str, cfg: AblationConfig, coder: Coder, details: list[dict[st
             found[key] = float(values.mean())
             if key.endswith("_seed_std"):  # of the mean over the sets
                 found[key] = float(np.sqrt((values**2).sum()) / len(values))
+        elif key.endswith("_seed_std"):
+            null[f"{category}.{key}"] = "fewer than two seeds have a score"
         else:
-            why = "one seed" if cfg.n_seeds == 1 else "the biased probe loses nothing, or one seed"
-            null[f"{category}.{key}"] = why
-    for n in set(cfg.n_values) - set(n_values(coder, cfg)):
-        null[f"{category}.threshold_{n}"] = f"the dictionary has {len(coder.atoms)} latents"
+            null[f"{category}.{key}"] = "the biased probe is as good as the clean one"
+    there = n_values(coder, cfg)
+    for n in set(cfg.n_values) - set(there):
+        for key in list(found):
+            name, count = re.subn(rf"_threshold_{there[0]}(?=_|$)", f"_threshold_{n}", key)
+            if count:
+                found[name] = None
+                null[f"{category}.{name}"] = f"the dictionary has {len(coder.atoms)} latents"
     return Result(
         family, dataclasses.asdict(cfg), {category: found}, details, {"caveat": CAVEAT}, null
     )

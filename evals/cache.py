@@ -104,7 +104,7 @@ def _file(model: Model, hook: str, ids: list[np.ndarray], length: int, keep: Kee
 def _load(file: Path, n: int) -> np.ndarray | None:
     """The rows, if they are there, whole."""
     try:
-        x = np.load(file, mmap_mode="r")
+        x = np.lib.format.open_memmap(file, mode="r")
     except (OSError, ValueError):  # none, or damaged
         return None
     return x if x.ndim == 2 and len(x) == n and x.dtype == np.float32 else None

@@ -42,6 +42,8 @@ from evals.results import Result
 # Rows that tell the mean, the carriers and the usual norm, and are coded by OMP beside.
 _FIRST = 8192
 _OMP_ROWS = 4096
+# Tokens whose logits are compared at once.
+_LOGIT_ROWS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,38 +151,44 @@ class _Behaviour:
         for part in self._forward.parts(token):
             ids, kept = token[part], document[part] >= 0
             mean = np.where(kept[..., None], self._mean, x[part])
-            clean = self._logits(ids, x[part], kept)
-            total = clean.logsumexp(dim=-1)
-            p = clean.softmax(dim=-1)
-            mass = p.sum(dim=-1)
-            self._add_ce("without", clean, total, ids, kept)
-            for name, put in (("sae", new[part]), ("mean", mean), ("ablation", 0 * x[part])):
-                other = self._logits(ids, put, kept)
-                own = other.logsumexp(dim=-1)
-                # Summed and divided so, float32 is good to 1e-5 of it with 262,144 tokens.
-                kl = (p * (clean - other)).sum(dim=-1) / mass - (total - own)
-                self.kl[name].append(kl.double().cpu().numpy())
-                self._add_ce(name, other, own, ids, kept)
+            put = {"without": x[part], "sae": new[part], "mean": mean, "ablation": 0 * x[part]}
+            logits = {name: self._logits(ids, rows) for name, rows in put.items()}
+            row, place = np.flatnonzero(kept), np.nonzero(kept)[1]
+            label = torch.from_numpy(np.roll(ids, -1, axis=1)[kept].astype(np.int64))
+            for at in range(0, len(row), _LOGIT_ROWS):
+                here = slice(at, at + _LOGIT_ROWS)
+                self._compare(
+                    {name: of[row[here]] if len(of) > 1 else of for name, of in logits.items()},
+                    label[here], place[here] < ids.shape[1] - 1,
+                )  # fmt: skip
             self.owner.append(document[part][kept])
             self.owner_ce.append(document[part][:, :-1][kept[:, :-1]])
 
-    def _logits(self, ids: np.ndarray, x: np.ndarray, kept: np.ndarray) -> torch.Tensor:
-        """Of the tokens that count [n v]."""
-        chosen = torch.from_numpy(kept)
+    def _logits(self, ids: np.ndarray, x: np.ndarray) -> torch.Tensor:
+        """Of all tokens [b c, v]; of one, where all have the same."""
         if self._forward.residual and not x.any():
             # Nothing of the text is left: what one position sees, all do.
-            return self._forward.logits(ids[:1, :1], x[:1, :1])[0].expand(int(kept.sum()), -1)
-        logits = self._forward.logits(ids, x)
-        return logits[chosen.to(logits.device)].float()
+            ids, x = ids[:1, :1], x[:1, :1]
+        return self._forward.logits(ids, x).flatten(0, 1)
 
-    def _add_ce(
-        self, name: str, logits: torch.Tensor, total: torch.Tensor, ids: np.ndarray,
-        kept: np.ndarray,
-    ) -> None:  # fmt: skip
-        label = torch.from_numpy(np.roll(ids, -1, axis=1)[kept].astype(np.int64))
-        place = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)[kept]
-        ce = total - logits.gather(1, label.to(logits.device)[:, None])[:, 0]
-        self.ce[name].append(ce.double().cpu().numpy()[place < ids.shape[1] - 1])
+    def _compare(
+        self, logits: dict[str, torch.Tensor], label: torch.Tensor, predicts: np.ndarray
+    ) -> None:
+        """Logits [n v] of a few tokens, so that they stay in the processor's cache."""
+        clean = logits["without"].float()
+        label = label.to(clean.device)[:, None]
+        total = clean.logsumexp(dim=-1)
+        p = clean.softmax(dim=-1)
+        mass = p.sum(dim=-1)
+        for name, of in logits.items():
+            other = of.float()
+            own = other.logsumexp(dim=-1)
+            if name != "without":
+                # Summed and divided so, float32 is good to 1e-5 of it with 262,144 tokens.
+                kl = (clean - other).mul_(p).sum(dim=-1) / mass - (total - own)
+                self.kl[name].append(kl.double().cpu().numpy())
+            ce = own - other.expand(len(label), -1).gather(1, label)[:, 0]
+            self.ce[name].append(ce.double().cpu().numpy()[predicts])
 
     def figures(self, seed: int) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
         """SAEBench's two categories, and the headline in nats with intervals."""

@@ -143,8 +143,7 @@ def _epoch(
 
 def mean_difference(x: Rows, y: Bool[np.ndarray, " n"]) -> Float[np.ndarray, " d"]:
     """mean of the class - mean of the others, of each feature."""
-    # Sums of float32 rows in float64.
-    means = [np.asarray(x[of].mean(axis=0, dtype=np.float64)).ravel() for of in (y, ~y)]
+    means = [np.asarray(x[of].astype(np.float64).mean(axis=0)).ravel() for of in (y, ~y)]
     return means[0] - means[1]
 
 

@@ -119,9 +119,10 @@ def _draw(labelled: Labelled, cfg: Config) -> tuple[list[str], np.ndarray]:
                 f"{labelled.name}: {most // 2} texts of {name!r} that are not repeats, and as many "
                 f"others, are fewer than the {(_TEST + _LEAST) // 2} that this protocol needs"
             )
-    if len(kept) > cfg.max_texts:  # the same share of each class
-        kept = np.random.default_rng(cfg.seed).permutation(kept)[: cfg.max_texts]
-    return classes, np.sort(kept)
+    rng = np.random.default_rng(cfg.seed)
+    most = cfg.max_texts // 2
+    chosen = [rng.permutation(kept[labelled.label[kept] == name])[:most] for name in names]
+    return classes, np.sort(np.concatenate(chosen))
 
 
 def _measure(
@@ -132,7 +133,7 @@ def _measure(
     found: dict[str, list[float]] = {}
     for one in progress(iterable=classes, desc=f"{name}, seed {seed}", delay=3):
         y = label == one
-        m = 2 * min(int(y.sum()), int((~y).sum()))
+        m = min(2 * min(int(y.sum()), int((~y).sum())), cfg.max_texts // 2 * 2)
         chosen = [rng.permutation(np.flatnonzero(of))[: m // 2] for of in (y, ~y)]
         n = min(m - _TEST, 1024) // 2
         train, test = (

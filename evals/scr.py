@@ -99,6 +99,11 @@ class Pair:
     n_train: int
 
 
+def _size(corner: str) -> int:
+    """How many times as many texts there are of a corner as of "+-"."""
+    return 2 if corner[0] == corner[1] else 1
+
+
 def pairs_of(labelled: Labelled, cfg: Config) -> list[Pair]:
     """The pairs of a set."""
     if labelled.second is None:
@@ -118,18 +123,17 @@ def pairs_of(labelled: Labelled, cfg: Config) -> list[Pair]:
             for t, y in (("+", plus), ("-", minus))
         }
         name = f"{labelled.name}: {a} / {b}, {plus} / {minus}"
-        double = {key: 1 + (key[0] == key[1]) for key in all_}
-        halved = {key: group[: len(group) // double[key]] for key, group in all_.items()}
+        halved = [group[: len(group) // _size(key)] for key, group in all_.items()]
         half = {"n_train": cfg.train_per_class, "n_test": cfg.test_per_class}
         told = {key: None if n is None else n // 2 for key, n in half.items()}
         try:
-            drawn, n_train = labelled.draw(list(halved.values()), **told, seed=cfg.seed)
+            drawn, n_train = labelled.draw(halved, **told, seed=cfg.seed)
         except UserError as error:
             sizes = ", ".join(f"{key} {len(group)}" for key, group in all_.items())
             raise UserError(f"scr: {name} ({sizes}): {error}") from None
         rng = np.random.default_rng(cfg.seed)
         each = len(drawn[0])
-        chosen = {key: rng.permutation(group)[: each * double[key]] for key, group in all_.items()}
+        chosen = {key: rng.permutation(group)[: each * _size(key)] for key, group in all_.items()}
         at = np.cumsum([0, *(len(group) for group in chosen.values())])
         corners = {key: np.arange(*at[i : i + 2]) for i, key in enumerate(chosen)}
         text = [labelled.text[i] for group in chosen.values() for i in group]
@@ -142,21 +146,24 @@ def remove(
 ) -> dict[str, float]:
     """A pair's figures, of one seed; NaN where a score is left out."""
     rng = np.random.default_rng(seed)
-    shuffled = {key: rng.permutation(group) for key, group in corners.items()}
-    n = len(corners["+-"])
+    n_test = len(corners["+-"]) - n_train
+    train_rows, test_rows = {}, {}
+    for key, group in corners.items():
+        size = n_train * _size(key)
+        train_rows[key], test_rows[key] = np.split(rng.permutation(group), [size])
 
-    def texts(part: slice, plus: tuple[str, ...], minus: tuple[str, ...]) -> Any:
-        groups = [np.concatenate([shuffled[key][part] for key in of]) for of in (plus, minus)]
+    def texts(rows: dict[str, np.ndarray], plus: list[str], minus: list[str], n: int) -> Any:
+        groups = [np.concatenate([rows[key][:n] for key in of]) for of in (plus, minus)]
         index = np.concatenate(groups)
         order = rng.permutation(len(index))
         return index[order], (np.arange(len(index)) < len(groups[0]))[order]
 
-    concepts = {"a": (("++", "+-"), ("-+", "--")), "b": (("++", "-+"), ("+-", "--"))}
-    train = {key: texts(slice(n_train), *of) for key, of in concepts.items()}
-    test = {key: texts(slice(n_train, n), *of) for key, of in concepts.items()}
+    concepts = {"a": (["++", "+-"], ["-+", "--"]), "b": (["++", "-+"], ["+-", "--"])}
+    train = {key: texts(train_rows, *of, n_train) for key, of in concepts.items()}
+    test = {key: texts(test_rows, *of, n_test) for key, of in concepts.items()}
     # The rows of the corners that always go together, and no others.
-    twice = slice(2 * n_train), slice(2 * n_train, 2 * n)
-    biased_train, biased_test = (texts(part, ("++",), ("--",)) for part in twice)
+    biased_train = texts(train_rows, ["++"], ["--"], 2 * n_train)
+    biased_test = texts(test_rows, ["++"], ["--"], 2 * n_test)
     own = {key: bench.train(train[key], test[key], seed) for key in concepts}
     biased = bench.train(biased_train, biased_test, seed)
 

@@ -56,7 +56,10 @@ class TextFile:
         Raises:
           UserError: it is not the one that is told; the file is missing.
         """
-        own = sha256(self.path)
+        try:
+            own = sha256(self.path)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read ({error.strerror})") from None
         if self.sha256 not in (None, own):
             raise UserError(f"{self.path}: has sha256 {own}, expected {self.sha256}")
         return dataclasses.replace(self, sha256=own)
@@ -112,7 +115,9 @@ class SaeProbes:
         rows = list(_sae_probes(self.set))
         fields = ["prompt", "target"]
         if self.other is not None:
-            other = {row["prompt"]: row["target"] for _, row in _sae_probes(self.other)}
+            other: dict[str, str] = {}
+            for _, row in _sae_probes(self.other):
+                other.setdefault(row["prompt"], row["target"])
             rows = [
                 (line, row | {"second": other[row["prompt"]]})
                 for line, row in rows
@@ -207,7 +212,7 @@ class Labelled:
 
 
 def _jsonl(content: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(content.splitlines(), start=1):
+    for number, line in enumerate(content.split("\n"), start=1):  # others may stand in a text
         if line.strip():
             try:
                 row = json.loads(line)
@@ -253,7 +258,8 @@ def _labelled(
         for field in fields:
             if row.get(field) is None:
                 there = ", ".join(map(repr, row))
-                raise UserError(f"{where}, line {number}: has no field {field!r}; it has {there}")
+                what = "an empty field" if field in row else "no field"
+                raise UserError(f"{where}, line {number}: has {what} {field!r}; it has {there}")
             values.append(str(row[field]))
         if not values[0].strip():
             raise UserError(f"{where}, line {number}: the text is empty")

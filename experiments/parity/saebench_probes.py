@@ -140,21 +140,22 @@ class Both:
     def _pairs(self, seed: int) -> dict[str, dict[str, list[str]]]:
         """SAEBench's six groups of texts."""
         rng = np.random.default_rng(seed)
-        shuffled = {key: rng.permutation(of) for key, of in self.pair.corners.items()}
-        n_train, n = self.pair.n_train, len(shuffled["+-"])
+        n_train = self.pair.n_train
+        split = {
+            key: np.split(rng.permutation(of), [n_train * (2 if key[0] == key[1] else 1)])
+            for key, of in self.pair.corners.items()
+        }
         found = {}
-        for half, of, twice in (
-            ("train", slice(n_train), slice(2 * n_train)),
-            ("test", slice(n_train, n), slice(2 * n_train, 2 * n)),
-        ):
-            corner = {key: group[of] for key, group in shuffled.items()}
+        for place, half in enumerate(("train", "test")):
+            n = len(split["+-"][place])
+            corner = {key: parts[place][:n] for key, parts in split.items()}
             groups = {
                 "male / female": [*corner["++"], *corner["-+"]],
                 "female_data_only": [*corner["+-"], *corner["--"]],
                 "professor / nurse": [*corner["++"], *corner["+-"]],
                 "nurse_data_only": [*corner["-+"], *corner["--"]],
-                "male_professor / female_nurse": shuffled["++"][twice],
-                "female_nurse_data_only": shuffled["--"][twice],
+                "male_professor / female_nurse": split["++"][place],
+                "female_nurse_data_only": split["--"][place],
             }
             found[half] = {key: [self.pair.text[i] for i in of] for key, of in groups.items()}
         return found

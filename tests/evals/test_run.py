@@ -12,6 +12,7 @@ import pytest
 import safetensors.numpy
 
 from activations.config import validate
+from activations.files import sha256
 from activations.harvest import HarvestConfig, harvest
 from activations.store import Store
 from activations.terminal import UserError
@@ -153,6 +154,85 @@ def test_mistakes_are_told(ours: Path, tmp_path: Path, tiny_model_dir: Path) -> 
     with pytest.raises(UserError, match="8 entries, but blocks"):
         measured(subject(wide, model=f"dir:{tiny_model_dir}"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Texts of three classes, and a second label."""
+    path = tmp_path_factory.mktemp("labelled") / "animals.jsonl"
+    rows = [
+        {"text": f"the {word} {i} {other}", "label": word, "second": other}
+        for word in ("fox", "dog", "mind") for other in ("quick", "lazy") for i in range(32)
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def all_families(labelled: Path) -> dict[str, Any]:
+    sets = [{"kind": "file", "path": str(labelled)}]
+    few = {"context_length": 12, "epochs": 2, "n_seeds": 2}
+    last = {"sets": sets, "context_length": 12, "n_seeds": 1, "ks": [1]}
+    return {
+        "sparse_probing": {"sets": sets, "k_values": [1], **few},
+        "sparse_probing_sae_probes": last,
+        "absorption": {"n_words": 50},
+        "tpp": {"sets": sets, "n_values": [2], **few},
+        "scr": {"sets": [sets[0] | {"second": "second"}], "n_values": [2], **few},
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ours", "saelens", "gemma_scope"])
+def test_every_family_measures_every_kind(
+    kind: str, ours: Path, labelled: Path, tiny_model_dir: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("DICTLEARN_CACHE", str(tmp_path / "cache"))
+    table = all_families(labelled)
+    path = {"ours": lambda: ours, "saelens": lambda: saelens(tmp_path / "sae"),
+            "gemma_scope": lambda: gemma_scope(tmp_path)}[kind]()  # fmt: skip
+    if kind != "ours":
+        table |= {"model": f"dir:{tiny_model_dir}", "hook": HOOK, "context_length": 12}
+    of = subject(path, **table)
+    out = tmp_path / "out"
+    found, failed = run.evaluate(of, list(run.FAMILIES), out, quick=False, overwrite=False)
+    assert not failed
+    for name, family in run.FAMILIES.items():
+        assert found[name]["eval_type_id"] == family.id
+        assert found[name] == json.loads((out / f"{name}.json").read_text())
+    probing = found["sparse_probing"]["eval_result_metrics"]
+    assert 0 <= probing["sae"]["sae_top_1_test_accuracy"] <= 1
+    (told,) = found["tpp"]["eval_config"]["sets"]
+    assert told["sha256"] == sha256(labelled)
+    run.show(found)
+    with monkeypatch.context() as patch:  # all of it is done
+        patch.setattr(Subject, "model", property(lambda self: pytest.fail("loaded again")))
+        run.evaluate(of, list(run.FAMILIES), out, quick=False, overwrite=False)
+
+
+def test_a_family_that_fails_leaves_the_others(
+    ours: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DICTLEARN_CACHE", str(tmp_path / "cache"))
+    one = tmp_path / "one.jsonl"
+    one.write_text('{"text": "the fox", "label": "fox"}\n')
+    table = all_families(labelled)
+    table["sparse_probing"] |= {"sets": [{"kind": "file", "path": str(one)}]}
+    names = ["sparse_probing", "core", "tpp"]
+    found, failed = run.evaluate(
+        subject(ours, **table), names, tmp_path, quick=False, overwrite=False
+    )
+    assert set(found) == {"core", "tpp"}
+    assert "one class, 'fox'" in failed["sparse_probing"]
+    assert not (tmp_path / "sparse_probing.json").exists()
+    # A changed file is another set.
+    with labelled.open("a") as lines:
+        lines.write('{"text": "a late fox", "label": "fox", "second": "lazy"}\n')
+    with pytest.raises(UserError, match=r"tpp\.json: holds results of another dictionary, text"):
+        run.evaluate(subject(ours, **table), ["tpp"], tmp_path, quick=False, overwrite=False)
+    table["tpp"]["sets"] = [{"kind": "file", "path": str(tmp_path / "none.csv")}]
+    with pytest.raises(UserError, match=r"none\.csv: cannot be read"):
+        run.evaluate(subject(ours, **table), ["tpp"], tmp_path, quick=False, overwrite=False)
 
 
 @pytest.mark.slow
