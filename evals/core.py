@@ -95,7 +95,8 @@ def run(
     n_read = int(np.searchsorted(counted, cfg.tokens)) + 1
     n_compared = int(np.searchsorted(counted, cfg.behaviour_tokens)) + 1
     tokens, document = tokens[:n_read], document[:n_read]
-    first = _first_rows(forward, tokens, document, cfg.batch_size)
+    read = _read_first(forward, tokens, document, cfg.batch_size)
+    first = np.concatenate([x[document[at : at + len(x)] >= 0] for at, x in read.items()])[:_FIRST]
     rows, features = Rows(first, cfg.seed), Features(len(coder.atoms))
     behaviour = _Behaviour(forward, first.mean(axis=0, dtype=np.float64).astype(np.float32))
     prepared = coder.prepare()
@@ -103,7 +104,7 @@ def run(
         for at in range(0, len(tokens), cfg.batch_size):
             here = slice(at, min(at + cfg.batch_size, len(tokens)))
             kept = document[here] >= 0
-            x = forward.read(tokens[here])
+            x = read.pop(at) if at in read else forward.read(tokens[here])
             own = x[kept]
             filled = np.pad(own, ((0, kept.size - len(own)), (0, 0)))  # one shape, so one trace
             codes = prepared.encode(filled)
@@ -120,18 +121,18 @@ def run(
     return _result(coder, cfg, rows, features, behaviour, first)
 
 
-def _first_rows(
+def _read_first(
     forward: Forward, tokens: np.ndarray, document: np.ndarray, batch_size: int
-) -> np.ndarray:
-    """The first rows that count [n d]."""
-    found, count = [], 0
+) -> dict[int, np.ndarray]:
+    """What the hook sees in the first batches [b c d], by where they begin."""
+    found, count = {}, 0
     for at in range(0, len(tokens), batch_size):
         here = slice(at, at + batch_size)
-        found.append(forward.read(tokens[here])[document[here] >= 0])
-        count += len(found[-1])
+        found[at] = forward.read(tokens[here])
+        count += int((document[here] >= 0).sum())
         if count >= _FIRST:
             break
-    return np.concatenate(found)[:_FIRST]
+    return found
 
 
 class _Behaviour:

@@ -118,7 +118,9 @@ def test_the_second_read_is_from_disk(
     same(read(model, keep=keep), first, rtol=0)
 
 
-@pytest.mark.parametrize("damage", ["cut", "nonsense", "fewer rows", "more rows", "float64"])
+@pytest.mark.parametrize(
+    "damage", ["cut", "empty", "zip", "nonsense", "fewer rows", "more rows", "float64"]
+)
 def test_a_damaged_file_is_made_anew(damage: str, model: Model, folder: Path) -> None:
     first = [rows.copy() for rows in read(model)]
     (file,) = folder.glob("*.npy")
@@ -126,6 +128,8 @@ def test_a_damaged_file_is_made_anew(damage: str, model: Model, folder: Path) ->
     file.unlink()
     if damage == "cut":
         file.write_bytes(whole[:-20])
+    elif damage in ("empty", "zip"):
+        file.write_bytes(b"PK\x03\x04" if damage == "zip" else b"")
     elif damage == "nonsense":
         file.write_bytes(b"no array")
     else:
