@@ -49,7 +49,7 @@ class AblationConfig:
 
     Attributes:
       hook: where activations are read.
-      train_per_class, test_per_class: texts; left out: 2000 and 500, or what there is, 4 to 1.
+      train_per_class, test_per_class: texts; left out: what there is, 4 to 1, up to max_per_class.
       context_length: tokens of a text, BOS included.
       n_values: how many latents are taken out.
       epochs, batch_size, learning_rate, l1: of the probes. The batch size decides how far a probe
@@ -62,6 +62,7 @@ class AblationConfig:
     hook: str
     train_per_class: Annotated[int, Field(ge=10)] | None = None
     test_per_class: Annotated[int, Field(ge=2)] | None = None
+    max_per_class: Annotated[int, Field(ge=10)] = 2500
     context_length: Annotated[int, Field(ge=2)] = 128
     n_values: tuple[Annotated[int, Field(ge=1)], ...] = (2, 5, 10, 20, 50, 100, 500)
     epochs: Annotated[int, Field(ge=1)] = 20

@@ -37,7 +37,7 @@ _SMALL = 1e-3
 
 @dataclasses.dataclass(frozen=True)
 class Config(AblationConfig):
-    """Settings; `train_per_class` and `test_per_class` are of a pair's labels, in even numbers.
+    """Settings; `..._per_class` are of a pair's labels, in even numbers.
 
     Attributes:
       sets: with a second label, whose two most frequent values are taken; biographies made by
@@ -51,11 +51,10 @@ class Config(AblationConfig):
     max_pairs: Annotated[int, Field(ge=1)] = 4
 
     def quick(self) -> Config:
-        """One pair, with 120 and 80 texts a class."""
+        """One pair, with 200 texts a class, of 64 tokens."""
         return dataclasses.replace(
-            self, sets=self.sets[:1], max_pairs=1, train_per_class=120, test_per_class=80,
-            context_length=64,
-        )  # fmt: skip
+            self, sets=self.sets[:1], max_pairs=1, max_per_class=200, context_length=64
+        )
 
 
 def run(coder: Coder, model: Model, cfg: Config) -> Result:
@@ -127,7 +126,9 @@ def pairs_of(labelled: Labelled, cfg: Config) -> list[Pair]:
         half = {"n_train": cfg.train_per_class, "n_test": cfg.test_per_class}
         told = {key: None if n is None else n // 2 for key, n in half.items()}
         try:
-            drawn, n_train = labelled.draw(halved, **told, seed=cfg.seed)
+            drawn, n_train = labelled.draw(
+                halved, **told, seed=cfg.seed, most=cfg.max_per_class // 2
+            )
         except UserError as error:
             sizes = ", ".join(f"{key} {len(group)}" for key, group in all_.items())
             raise UserError(f"scr: {name} ({sizes}): {error}") from None

@@ -49,7 +49,8 @@ class Config:
       hook: where activations are read.
       sets: of labelled texts.
       max_classes: of a set, its most frequent.
-      train_per_class, test_per_class: texts; left out: 2000 and 500, or what the set has, 4 to 1.
+      train_per_class, test_per_class: texts; left out: what the set has, 4 to 1, up to
+        max_per_class.
       context_length: tokens of a text, BOS included.
       k_values: numbers of features.
       epochs, batch_size, learning_rate, patience: of full probes.
@@ -63,6 +64,7 @@ class Config:
     max_classes: Annotated[int, Field(ge=2)] = 5
     train_per_class: Annotated[int, Field(ge=5)] | None = None
     test_per_class: Annotated[int, Field(ge=1)] | None = None
+    max_per_class: Annotated[int, Field(ge=5)] = 2500
     context_length: Annotated[int, Field(ge=2)] = 128
     k_values: tuple[Annotated[int, Field(ge=1)], ...] = (1, 2, 5)
     epochs: Annotated[int, Field(ge=1)] = 100
@@ -74,9 +76,7 @@ class Config:
 
     def quick(self) -> Config:
         """Two sets, 200 texts a class, of 64 tokens."""
-        return dataclasses.replace(
-            self, sets=self.sets[:2], train_per_class=160, test_per_class=40, context_length=64
-        )
+        return dataclasses.replace(self, sets=self.sets[:2], max_per_class=200, context_length=64)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -102,7 +102,9 @@ def prepare(coder: Coder, model: Model, cfg: Any) -> Iterator[Rowed]:
         labelled = one.read()
         classes = labelled.classes[: cfg.max_classes]
         groups = [np.flatnonzero(labelled.label == name) for name in classes]
-        chosen, n_train = labelled.draw(groups, cfg.train_per_class, cfg.test_per_class, cfg.seed)
+        chosen, n_train = labelled.draw(
+            groups, cfg.train_per_class, cfg.test_per_class, cfg.seed, most=cfg.max_per_class
+        )
         drawn.append((labelled, classes, chosen, n_train))
     for labelled, classes, chosen, n_train in drawn:
         texts = [labelled.text[i] for group in chosen for i in group]

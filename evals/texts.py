@@ -181,14 +181,20 @@ class Labelled:
         return [str(names[i]) for i in np.lexsort((names, -count))]
 
     def draw(
-        self, groups: list[np.ndarray], n_train: int | None, n_test: int | None, seed: int
+        self,
+        groups: list[np.ndarray],
+        n_train: int | None,
+        n_test: int | None,
+        seed: int,
+        *,
+        most: int = 2500,
     ) -> tuple[list[np.ndarray], int]:
         """As many random texts of each group, and how many of them are for training.
 
         Arguments:
           groups: indices of texts, a class each.
-          n_train, n_test: of each group; None for SAEBench's 2,000 and 500, or less in the same
-            proportion, where the smallest group has less.
+          n_train, n_test: of each group; None for what the smallest group has, 4 to 1.
+          most: of each group, if neither is told.
 
         Raises:
           UserError: a group has fewer than were asked for.
@@ -196,8 +202,8 @@ class Labelled:
         least = min(map(len, groups))
         asked = (n_train or 0) + (n_test or 0)
         if n_train is None and n_test is None:
-            n_train = min(2000, least * 4 // 5)
-            n_test = min(500, least - n_train)
+            n_train = min(least, most) * 4 // 5
+            n_test = min(least, most) - n_train
         else:
             n_train = n_train if n_train is not None else 4 * (n_test or 0)
             n_test = n_test if n_test is not None else max(n_train // 4, 1)

@@ -38,9 +38,7 @@ class Config(AblationConfig):
 
     def quick(self) -> Config:
         """The texts of sparse_probing's `quick`."""
-        return dataclasses.replace(
-            self, sets=self.sets[:2], train_per_class=160, test_per_class=40, context_length=64
-        )
+        return dataclasses.replace(self, sets=self.sets[:2], max_per_class=200, context_length=64)
 
 
 def run(coder: Coder, model: Model, cfg: Config) -> Result:

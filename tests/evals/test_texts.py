@@ -308,3 +308,13 @@ def test_a_line_ends_where_jsonl_says(tmp_path: Path) -> None:
     lines = [json.dumps({"text": t, "label": v}, ensure_ascii=False) for t, v in rows]
     path.write_text("\r\n".join(lines), encoding="utf-8", newline="")
     assert TextFile("file", path).read().text == [text for text, _ in rows]
+
+
+@pytest.mark.parametrize(("least", "want"), [(300, (160, 40)), (50, (40, 10)), (3, (2, 1))])
+def test_no_more_are_drawn_than_the_most(least: int, want: tuple[int, int]) -> None:
+    label = np.repeat(["a", "b"], [least, 400])
+    own = Labelled("set", [str(i) for i in range(len(label))], label, None)
+    groups = [np.flatnonzero(label == name) for name in "ab"]
+    chosen, n_train = own.draw(groups, None, None, seed=0, most=200)
+    assert (n_train, len(chosen[0]) - n_train) == want
+    assert len(chosen[0]) == len(chosen[1])
