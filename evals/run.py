@@ -239,7 +239,7 @@ def show(found: dict[str, dict[str, Any]]) -> None:
     for name, envelope in found.items():
         for category, values in envelope["eval_result_metrics"].items():
             for key, value in values.items():
-                if not re.search("_interval$|_seed_std$|_saebench060$", key):
+                if not re.search("_interval$|_seed_std$|_saebench(060)?$", key):
                     ends, std = values.get(f"{key}_interval"), values.get(f"{key}_seed_std")
                     told = "" if not ends or None in ends else f"{ends[0]:.4g} to {ends[1]:.4g}"
                     told = told if std is None else f"+- {std:.2g}"
