@@ -22,17 +22,20 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float
 from pydantic import Field
 
+from activations.terminal import progress
 from dictlearn.dictionary import Coder
-from evals.coding import frame
+from evals.coding import frame, norms
 from evals.linear_probe import LinearProbe, adamw, mean_difference
 from evals.pooled import Pooled, at_zero
 from evals.results import Result
+from evals.sparse_probing import spread
 
 CAVEAT = (
     "an audit of SAEBench (arXiv 2605.18229) finds SCR and TPP unreliable at these settings: "
@@ -142,12 +145,31 @@ class Bench:
 def benches(coder: Coder, rows: Pooled, cfg: AblationConfig) -> dict[str, Bench]:
     """Ours, and SAEBench's by its suffix."""
     atoms = frame(coder)[0]
-    norm = np.linalg.norm(np.asarray(coder.atoms, np.float64), axis=1)
+    norm = norms(coder)
     unit = atoms / np.where(norm > 0, norm, 1)[:, None]
     settings: dict[str, Any] = {"padded": cfg.context_length, "zero": at_zero(coder)}
     return {
         suffix: Bench(rows, unit, cfg, saebench=bool(suffix), **settings) for suffix in ("", THEIRS)
     }
+
+
+def over_seeds(
+    coder: Coder,
+    rows: Pooled,
+    cfg: AblationConfig,
+    name: str,
+    measure: Callable[[Bench, list[int], int], dict[str, float]],
+) -> dict[str, float | None]:
+    """What `measure` says of a bench, numbers of latents and a seed: means and deviations over the
+    seeds, of ours and of SAEBench's by its suffix."""
+    found, both = [], benches(coder, rows, cfg)
+    seeds = range(cfg.seed, cfg.seed + cfg.n_seeds)
+    for seed in progress(iterable=seeds, desc=name, unit="seed", delay=3):
+        found.append({})
+        for suffix, bench in both.items():
+            told = measure(bench, n_values(coder, cfg), seed)
+            found[-1] |= {f"{key}{suffix}": value for key, value in told.items()}
+    return spread(found)
 
 
 def n_values(coder: Coder, cfg: AblationConfig) -> list[int]:

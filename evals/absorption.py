@@ -15,13 +15,12 @@ import dataclasses
 import numpy as np
 from jaxtyping import Bool, Float
 
-from activations.hooks import HookReader
 from activations.models import Model
 from dictlearn.dictionary import Coder
 from evals import one_vs_rest, spelling
 from evals.absorption_scores import READINGS, ClassScore, Config, Half, score
 from evals.coding import coded, frame
-from evals.lm import check_width
+from evals.lm import check_hook, check_width
 from evals.one_vs_rest import Probe
 from evals.results import Result
 
@@ -138,7 +137,7 @@ def run(coder: Coder, model: Model, cfg: Config) -> Result:
       UserError: the model has no such hook; the dictionary does not fit it.
     """
     # Before the model runs for minutes.
-    check_width(coder, cfg.hook, HookReader(model.bridge, (cfg.hook,)).widths[cfg.hook])
+    check_hook(coder, model, cfg.hook)
     try:
         found = prepare(model, cfg)
     except spelling.TooFewWordsError as error:

@@ -34,6 +34,11 @@ def coded(
     return scipy.sparse.csr_array(scipy.sparse.vstack(parts)), x_hat
 
 
+def norms(coder: Coder) -> Float[np.ndarray, " a"]:
+    """Of the atoms; codes times these are over atoms of unit norm."""
+    return np.linalg.norm(np.asarray(coder.atoms, np.float64), axis=1)
+
+
 def frame(coder: Coder) -> tuple[Float[np.ndarray, "a d"], Float[np.ndarray, " d"]]:
     """Atoms and offset in the units of raw rows: decode(f) = offset + f atoms."""
     none = jnp.zeros((1, 1))

@@ -97,6 +97,11 @@ def check_width(coder: Coder, hook: str, width: int) -> None:
         )
 
 
+def check_hook(coder: Coder, model: Model, hook: str) -> None:
+    """The same for a model's hook, before it runs for minutes; and UserError where it has none."""
+    check_width(coder, hook, HookReader(model.bridge, (hook,)).widths[hook])
+
+
 class CoderModule(torch.nn.Module):
     """A Coder in torch: x [... d] to codes [... a] to x_hat [... d], for users' own hooks.
 

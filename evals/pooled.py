@@ -12,7 +12,7 @@ from jaxtyping import Float, Float32, Int
 
 from dictlearn.dictionary import Coder
 from evals.cache import Block
-from evals.coding import coded
+from evals.coding import coded, norms
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -33,7 +33,7 @@ class Pooled:
 def pool(coder: Coder, blocks: Iterable[Block]) -> Pooled:
     """Means over each text's tokens; of "last" blocks, the one token's."""
     x, codes, count = [], [], []
-    norm = np.linalg.norm(np.asarray(coder.atoms, np.float64), axis=1)
+    norm = norms(coder)
     for block in blocks:
         n = np.diff(block.start)
         mean = scipy.sparse.csr_array(
@@ -51,4 +51,4 @@ def at_zero(coder: Coder) -> Float[np.ndarray, " a"]:
     """Codes of the row 0, over atoms of unit norm: what SAEBench's masked tokens are."""
     width = coder.dictionary.atoms.shape[1]
     codes = coder.encode(jnp.zeros((1, width))).dense()[0]
-    return np.asarray(codes, np.float64) * np.linalg.norm(np.asarray(coder.atoms), axis=1)
+    return np.asarray(codes, np.float64) * norms(coder)

@@ -33,13 +33,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score, roc_auc_score
 from sklearn.model_selection import StratifiedKFold
 
-from activations.hooks import HookReader
 from activations.models import Model
 from activations.terminal import UserError, progress
 from dictlearn.dictionary import Coder
 from evals import cache
 from evals.linear_probe import dense, mean_difference
-from evals.lm import check_width
+from evals.lm import check_hook
 from evals.pooled import Pooled, pool
 from evals.results import Result
 from evals.sparse_probing import DEFAULT_SETS, categories, spread
@@ -89,7 +88,7 @@ def run(coder: Coder, model: Model, cfg: Config) -> Result:
     Raises:
       UserError: the dictionary does not fit the hook; a set is not to be read, or too small.
     """
-    check_width(coder, cfg.hook, HookReader(model.bridge, (cfg.hook,)).widths[cfg.hook])
+    check_hook(coder, model, cfg.hook)
     sets = [one.read() for one in cfg.sets]
     drawn = [_draw(labelled, cfg) for labelled in sets]  # before the model runs for minutes
     details = []

@@ -19,17 +19,15 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from activations.hooks import HookReader
 from activations.models import Model
-from activations.terminal import UserError, progress
+from activations.terminal import UserError
 from dictlearn.dictionary import Coder
 from evals import cache
-from evals.ablation import AblationConfig, Bench, benches, n_values, result
+from evals.ablation import AblationConfig, Bench, over_seeds, result
 from evals.linear_probe import LinearProbe
-from evals.lm import check_width
+from evals.lm import check_hook
 from evals.pooled import pool
 from evals.results import Result
-from evals.sparse_probing import spread
 from evals.texts import Labelled, LabelledSet, Occupations
 
 _SMALL = 1e-3
@@ -64,21 +62,20 @@ def run(coder: Coder, model: Model, cfg: Config) -> Result:
       UserError: the dictionary does not fit the hook; a set is not to be read, has no second label,
         or too few texts of one of the four combinations.
     """
-    check_width(coder, cfg.hook, HookReader(model.bridge, (cfg.hook,)).widths[cfg.hook])
+    check_hook(coder, model, cfg.hook)
     drawn = [own for one in cfg.sets for own in pairs_of(one.read(), cfg)]
     details = []
     for own in drawn:
         rows = pool(coder, cache.read(model, cfg.hook, own.text, length=cfg.context_length))
-        found, both = [], benches(coder, rows, cfg)
-        seeds = range(cfg.seed, cfg.seed + cfg.n_seeds)
-        for seed in progress(iterable=seeds, desc=f"scr {own.name}", unit="seed", delay=3):
-            found.append({})
-            for suffix, bench in both.items():
-                told = remove(bench, own.corners, own.n_train, n_values(coder, cfg), seed)
-                found[-1] |= {f"{key}{suffix}": value for key, value in told.items()}
+        found = over_seeds(
+            coder, rows, cfg, f"scr {own.name}",
+            lambda bench, numbers, seed, own=own: remove(
+                bench, own.corners, own.n_train, numbers, seed
+            ),
+        )  # fmt: skip
         n_test = len(own.corners["+-"]) - own.n_train
         sizes = {"n_train": 2 * own.n_train, "n_test": 2 * n_test}
-        details.append({"dataset_name": own.name} | sizes | spread(found))
+        details.append({"dataset_name": own.name} | sizes | found)
     return result("scr", cfg, coder, details)
 
 
@@ -98,7 +95,7 @@ class Pair:
     n_train: int
 
 
-def _size(corner: str) -> int:
+def copies(corner: str) -> int:
     """How many times as many texts there are of a corner as of "+-"."""
     return 2 if corner[0] == corner[1] else 1
 
@@ -122,7 +119,7 @@ def pairs_of(labelled: Labelled, cfg: Config) -> list[Pair]:
             for t, y in (("+", plus), ("-", minus))
         }
         name = f"{labelled.name}: {a} / {b}, {plus} / {minus}"
-        halved = [group[: len(group) // _size(key)] for key, group in all_.items()]
+        halved = [group[: len(group) // copies(key)] for key, group in all_.items()]
         half = {"n_train": cfg.train_per_class, "n_test": cfg.test_per_class}
         told = {key: None if n is None else n // 2 for key, n in half.items()}
         try:
@@ -134,7 +131,7 @@ def pairs_of(labelled: Labelled, cfg: Config) -> list[Pair]:
             raise UserError(f"scr: {name} ({sizes}): {error}") from None
         rng = np.random.default_rng(cfg.seed)
         each = len(drawn[0])
-        chosen = {key: rng.permutation(group)[: each * _size(key)] for key, group in all_.items()}
+        chosen = {key: rng.permutation(group)[: each * copies(key)] for key, group in all_.items()}
         at = np.cumsum([0, *(len(group) for group in chosen.values())])
         corners = {key: np.arange(*at[i : i + 2]) for i, key in enumerate(chosen)}
         text = [labelled.text[i] for group in chosen.values() for i in group]
@@ -150,7 +147,7 @@ def remove(
     n_test = len(corners["+-"]) - n_train
     train_rows, test_rows = {}, {}
     for key, group in corners.items():
-        size = n_train * _size(key)
+        size = n_train * copies(key)
         train_rows[key], test_rows[key] = np.split(rng.permutation(group), [size])
 
     def texts(rows: dict[str, np.ndarray], plus: list[str], minus: list[str], n: int) -> Any:

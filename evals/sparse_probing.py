@@ -24,16 +24,15 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from activations.hooks import HookReader
 from activations.models import Model
 from activations.terminal import progress
 from dictlearn.dictionary import Coder
 from evals import cache
 from evals.linear_probe import Rows, adamw, balanced, dense, top_k_accuracy
-from evals.lm import check_width
+from evals.lm import check_hook
 from evals.pooled import Pooled, pool
 from evals.results import Metrics, Result
-from evals.texts import LabelledSet, SaeProbes
+from evals.texts import Labelled, LabelledSet, SaeProbes
 
 DEFAULT_SETS = tuple(
     SaeProbes("sae-probes", name)
@@ -90,16 +89,15 @@ class Rowed:
     pooled: Pooled
 
 
-def prepare(coder: Coder, model: Model, cfg: Any) -> Iterator[Rowed]:
+def prepare(coder: Coder, model: Model, cfg: Any, sets: list[Labelled]) -> Iterator[Rowed]:
     """Each set of a family's settings, one after another; the texts are the same for a seed.
 
     Raises:
-      UserError: the dictionary does not fit the hook; a set is not to be read, or too small.
+      UserError: the dictionary does not fit the hook; a set is too small.
     """
-    check_width(coder, cfg.hook, HookReader(model.bridge, (cfg.hook,)).widths[cfg.hook])
+    check_hook(coder, model, cfg.hook)
     drawn = []
-    for one in cfg.sets:  # all of them, before the model runs for minutes
-        labelled = one.read()
+    for labelled in sets:  # all of them, before the model runs for minutes
         classes = labelled.classes[: cfg.max_classes]
         groups = [np.flatnonzero(labelled.label == name) for name in classes]
         chosen, n_train = labelled.draw(
@@ -117,10 +115,10 @@ def run(coder: Coder, model: Model, cfg: Config) -> Result:
     """Probe a dictionary.
 
     Raises:
-      UserError: as `prepare`.
+      UserError: as `prepare`; a set is not to be read.
     """
     details, by_class = [], {}
-    for own in prepare(coder, model, cfg):
+    for own in prepare(coder, model, cfg, [one.read() for one in cfg.sets]):
         found = [measure(own, cfg, seed) for seed in range(cfg.seed, cfg.seed + cfg.n_seeds)]
         by_class[own.name] = dict(zip(own.classes, _by_class(found), strict=True))
         details.append(

@@ -15,12 +15,12 @@ import numpy as np
 from pydantic import Field
 
 from activations.models import Model
-from activations.terminal import UserError, progress
+from activations.terminal import UserError
 from dictlearn.dictionary import Coder
-from evals.ablation import AblationConfig, Bench, benches, n_values, result
+from evals.ablation import AblationConfig, Bench, over_seeds, result
 from evals.linear_probe import balanced
 from evals.results import Result
-from evals.sparse_probing import DEFAULT_SETS, prepare, spread
+from evals.sparse_probing import DEFAULT_SETS, prepare
 from evals.texts import LabelledSet
 
 
@@ -48,20 +48,20 @@ def run(coder: Coder, model: Model, cfg: Config) -> Result:
       UserError: the dictionary does not fit the hook; a set is not to be read, too small, or has
         fewer than three classes.
     """
-    for one in cfg.sets:
-        if len(one.read().classes) < 3:
-            raise UserError(f"tpp: {one.name} has two classes; expected three or more")
+    sets = [one.read() for one in cfg.sets]
+    for labelled in sets:
+        if len(labelled.classes) < 3:
+            raise UserError(f"tpp: {labelled.name} has two classes; expected three or more")
     details = []
-    for own in prepare(coder, model, cfg):
-        seeds = range(cfg.seed, cfg.seed + cfg.n_seeds)
-        found, both = [], benches(coder, own.pooled, cfg)
-        for seed in progress(iterable=seeds, desc=f"tpp {own.name}", unit="seed", delay=3):
-            found.append({})
-            for suffix, bench in both.items():
-                told = perturb(bench, own.groups, own.n_train, n_values(coder, cfg), seed)
-                found[-1] |= {f"{key}{suffix}": value for key, value in told.items()}
+    for own in prepare(coder, model, cfg, sets):
+        found = over_seeds(
+            coder, own.pooled, cfg, f"tpp {own.name}",
+            lambda bench, numbers, seed, own=own: perturb(
+                bench, own.groups, own.n_train, numbers, seed
+            ),
+        )  # fmt: skip
         sizes = {"n_train": own.n_train, "n_test": len(own.groups[0]) - own.n_train}
-        details.append({"dataset_name": own.name, "classes": own.classes} | sizes | spread(found))
+        details.append({"dataset_name": own.name, "classes": own.classes} | sizes | found)
     return result("tpp", cfg, coder, details)
 
 

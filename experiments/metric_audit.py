@@ -138,8 +138,8 @@ def concepts(truth: Truth, sample: Sample, rng: np.random.Generator) -> Concepts
         s + t: rng.permutation(np.flatnonzero((a == (s == "+")) & (b == (t == "+"))))
         for s in "+-" for t in "+-"
     }  # fmt: skip
-    least = min(len(of) // (1 + (key[0] == key[1])) for key, of in corners.items())
-    corners = {key: of[: least * (1 + (key[0] == key[1]))] for key, of in corners.items()}
+    least = min(len(of) // scr.copies(key) for key, of in corners.items())
+    corners = {key: of[: least * scr.copies(key)] for key, of in corners.items()}
     children = np.bincount(truth.parent[truth.parent >= 0], minlength=len(truth.rate))
     return Concepts(classes, corners, np.argsort(-children, kind="stable")[:4])
 

@@ -34,14 +34,15 @@ from evals import core
 GOAL = 1e-4
 
 
-def theirs_of(peer: str, folder: Path) -> dict[str, Any]:
-    """What SAEBench says."""
+def run_peer(peer: str, module: str, folder: Path) -> None:
+    """Run the other half in SAEBench's environment; what it prints goes to stderr."""
     root = Path(__file__).parents[2]
-    command = [peer, "-m", "experiments.parity.saebench_peer", str(folder)]
-    done = subprocess.run(command, cwd=root, env=os.environ | {"HF_HUB_OFFLINE": "1"}, check=False)
+    # SAEBench's own shape checks fail with a jaxtyping as new as dictlearn's.
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "JAXTYPING_DISABLE": "1"}
+    command = [peer, "-m", f"experiments.parity.{module}", str(folder)]
+    done = subprocess.run(command, cwd=root, env=environment, check=False, stdout=sys.stderr)
     if done.returncode:
         raise UserError(f"--peer: {peer} ended with {done.returncode}; see above")
-    return json.loads((folder / "core.json").read_text())
 
 
 def apart(ours: Any, theirs: dict[str, Any], name: str) -> list[dict[str, Any]]:
@@ -88,7 +89,8 @@ def run(paths: list[Path], peer: str, n_sequences: int, batch_size: int) -> list
         folder = Path(name)
         np.save(folder / "tokens.npy", tokens)
         (folder / "request.json").write_text(json.dumps(request))
-        theirs = theirs_of(peer, folder)
+        run_peer(peer, "saebench_peer", folder)
+        theirs = json.loads((folder / "core.json").read_text())
     cfg = core.Config(told["hook"], tokens.size, tokens.size, batch_size)
     lines = []
     for path, one in zip(paths, runs, strict=True):

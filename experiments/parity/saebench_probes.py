@@ -17,9 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -36,6 +33,7 @@ from evals.linear_probe import LinearProbe, balanced
 from evals.pooled import Pooled, pool
 from evals.sparse_probing import Rowed
 from evals.texts import Occupations, TextFile
+from experiments.parity.saebench import run_peer
 
 K_VALUES, N_VALUES = (1, 2, 5), (5, 20, 100)
 LENGTH = 32
@@ -142,7 +140,7 @@ class Both:
         rng = np.random.default_rng(seed)
         n_train = self.pair.n_train
         split = {
-            key: np.split(rng.permutation(of), [n_train * (2 if key[0] == key[1] else 1)])
+            key: np.split(rng.permutation(of), [n_train * scr.copies(key)])
             for key, of in self.pair.corners.items()
         }
         found = {}
@@ -234,7 +232,6 @@ def _apart(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 def run(both: Both, peer: str, seeds: range) -> list[dict[str, Any]]:
     """Measure there and here."""
-    root = Path(__file__).parents[2]
     worst: dict[str, float] = {}
     accuracies: dict[str, list[tuple[float, float]]] = {}
     for seed in seeds:
@@ -243,14 +240,7 @@ def run(both: Both, peer: str, seeds: range) -> list[dict[str, Any]]:
             folder = Path(name)
             (folder / "request.json").write_text(json.dumps(request))
             np.savez(folder / "rows.npz", **rows)  # pyright: ignore[reportArgumentType]
-            command = [peer, "-m", "experiments.parity.saebench_probes_peer", name]
-            # SAEBench's own shape checks fail with a jaxtyping as new as dictlearn's.
-            environment = {"HF_HUB_OFFLINE": "1", "JAXTYPING_DISABLE": "1"}
-            done = subprocess.run(
-                command, cwd=root, env=os.environ | environment, check=False, stdout=sys.stderr
-            )
-            if done.returncode:
-                raise UserError(f"--peer: {peer} ended with {done.returncode}; see above")
+            run_peer(peer, "saebench_probes_peer", folder)
             scores = json.loads((folder / "theirs.json").read_text())
             theirs = dict(np.load(folder / "theirs.npz"))
         for key, value in both.deterministic(theirs, scores, rows, seed).items():
