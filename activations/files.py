@@ -7,6 +7,8 @@ import hashlib
 import io
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,20 @@ def replacing(path: Path) -> Iterator[Whole]:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+@contextlib.contextmanager
+def building(target: Path) -> Iterator[Path]:
+    """A place beside `target`, which takes its place once the block has ended well.
+
+    What a killed builder left is swept first: only one may build at a time.
+    """
+    for left in target.parent.glob(f"{target.name}.tmp-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"{target.name}.tmp-", dir=target.parent) as folder:
+        place = Path(folder) / target.name
+        yield place
+        os.replace(place, target)
 
 
 def partial(path: Path) -> Path:

@@ -8,14 +8,13 @@ import importlib.util
 import json
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import filelock
 import platformdirs
 
+from activations.files import building
 from activations.huggingface import (
     files_sha256,
     float32_weights,
@@ -47,9 +46,8 @@ def to_directory(path: Path) -> Path:
     target = cache_folder() / "models" / f"{digest[:16]}-v{_CONVERSION}"
     with _exclusive(target):
         if not target.exists():
-            with _temporary_sibling(target) as temporary:
-                _convert(path, temporary, digest)
-                os.replace(temporary, target)
+            with building(target) as place:
+                _convert(path, place, digest)
     return target
 
 
@@ -107,9 +105,8 @@ def in_package(package: str) -> Path:
     target = _assembled(package)
     with _exclusive(target), our_errors(f"package:{package}"):
         if not target.exists():
-            with _temporary_sibling(target) as temporary:
-                assemble(temporary)
-                os.replace(temporary, target)
+            with building(target) as place:
+                assemble(place)
     return target
 
 
@@ -158,12 +155,3 @@ def _exclusive(target: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-@contextlib.contextmanager
-def _temporary_sibling(target: Path) -> Iterator[Path]:
-    """A place beside `target` to build it in; what a killed builder left is swept first."""
-    for left in target.parent.glob(f"{target.name}.tmp-*"):
-        shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=f"{target.name}.tmp-", dir=target.parent) as folder:
-        yield Path(folder) / target.name

@@ -10,16 +10,23 @@ A model is named by one string:
 All four end in a Hugging Face directory, which TransformerLens reads. A GGUF file is dequantised
 once; the result lies under the cache folder by the content of the file (`DICTLEARN_CACHE`, or the
 platform's own place for caches).
+
+    python -m activations.models export SPEC DIR
+
+writes that directory to a place of one's own, with weights as safetensors.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 from activations import gguf
+from activations.files import building
 from activations.huggingface import (
     WEIGHT_FILES,
     checked_directory,
@@ -31,7 +38,7 @@ from activations.huggingface import (
     quiet,
     quiet_import,
 )
-from activations.terminal import UserError
+from activations.terminal import UserError, run_command
 
 KINDS = {
     "hf": "hf:openai-community/gpt2",
@@ -155,6 +162,27 @@ def fetch(spec: str) -> Path:
             return gguf.to_directory(gguf.in_package(name))
 
 
+def export(spec: str, directory: Path) -> None:
+    """Write a model's Hugging Face directory to `directory`, with weights as safetensors.
+
+    Raises:
+      UserError: the place is taken; as `fetch`.
+    """
+    if directory.exists():
+        raise UserError(f"{directory}: is there already; name another place")
+    source = fetch(spec)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with building(directory) as place:
+        if any(source.glob("*.safetensors")):
+            shutil.copytree(source, place, ignore=shutil.ignore_patterns("*.bin"))
+            return
+        with our_errors(spec), quiet():
+            transformers = quiet_import("transformers")
+            model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+            model.save_pretrained(place)
+            transformers.AutoTokenizer.from_pretrained(source).save_pretrained(place)
+
+
 def width(spec: str) -> int | None:
     """The residual stream's width, where a file that is already here tells; nothing is fetched."""
     kind, _, name = spec.partition(":")
@@ -171,3 +199,23 @@ def width(spec: str) -> int | None:
         return int(json.loads((directory / "config.json").read_text())["hidden_size"])
     except (OSError, ValueError, KeyError, ImportError):
         return None
+
+
+def main() -> None:
+    """Entry of `python -m activations.models`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m activations.models",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    exporting = commands.add_parser("export", help="write a model's Hugging Face directory")
+    exporting.add_argument("spec", help=f"{', '.join(KINDS.values())}")
+    exporting.add_argument("directory", type=Path)
+    arguments = parser.parse_args()
+    export(arguments.spec, arguments.directory)
+    print(f"{arguments.spec} lies in {arguments.directory}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -71,7 +71,7 @@ class MP(AbstractPursuit):
                 indices.at[rows, slot].set(jnp.where(active, new, indices[rows, slot])),
                 values.at[rows, slot].add(move),
                 count + (active & ~again.any(axis=1)).astype(count.dtype),
-                correlation - move[:, None] * atoms.gram[new],
+                correlation - move[:, None] * atoms.products[new],
                 energy - move**2,
                 active,
             )

@@ -11,8 +11,11 @@ from jaxtyping import Array, Float
 from pydantic import Field
 
 from dictlearn.codes import SparseCodes
-from dictlearn.encoders import omp_cpu
+from dictlearn.encoders import omp_cpu, omp_many
 from dictlearn.encoders.pursuit import AbstractPursuit, Choice, UnitAtoms
+
+# Bytes of a Gram matrix, at most: that of 23,170 atoms in float32.
+_GRAM = 2**31
 
 
 class OMP(AbstractPursuit):
@@ -30,9 +33,12 @@ class OMP(AbstractPursuit):
 
     On one CPU device a kernel goes through the rows one by one (dictlearn.encoders.omp_cpu);
     elsewhere they are coded in batches. Both make the same choices but where rounding decides.
+    Over more than 23,170 atoms (float32) on a CPU another one (omp_many) now and then takes an atom
+    that is not quite the best.
 
     Arguments:
       k: nonzeros a row, at most the number of atoms; None for as many as `tolerance` takes.
+      normalised: False to choose by |<r, d_i>| alone, so that long atoms come first.
       tolerance: a row is done when ||r|| <= tolerance * ||x||, both without the dictionary's bias.
 
     Source: Pati, Rezaiifar and Krishnaprasad (1993). The least squares are solved by a growing
@@ -46,6 +52,7 @@ class OMP(AbstractPursuit):
 
     k: Annotated[int, Field(gt=0)] | None = eqx.field(static=True, default=None)
     tolerance: Annotated[float, Field(ge=0, lt=1)] = eqx.field(static=True, default=0.0)
+    normalised: bool = eqx.field(static=True, default=True)  # pyright: ignore
     name: Literal["omp"] = eqx.field(static=True, default="omp")
     not_negative: ClassVar[bool] = False
 
@@ -53,12 +60,18 @@ class OMP(AbstractPursuit):
         self.check()
 
     def on_cpu(self, atoms: UnitAtoms, x: Float[Array, "n d"]) -> Choice | None:
-        """The kernel of dictlearn.encoders.omp_cpu."""
-        return omp_cpu.encode(atoms, x, self.capacity(*atoms.unit.shape), self.tolerance)
+        """The kernel of dictlearn.encoders.omp_cpu, or that of omp_many."""
+        kernel = omp_many if atoms.gram is None else omp_cpu
+        return kernel.encode(atoms, x, self.capacity(*atoms.unit.shape), self.tolerance)
+
+    def needs_gram(self, atoms: Float[Array, "m d"]) -> bool:
+        """Unless it would be larger than _GRAM bytes."""
+        return len(atoms) ** 2 * atoms.dtype.itemsize <= _GRAM
 
     def tile(self, atoms: UnitAtoms, x: Float[Array, "n d"]) -> Choice:
         """Indices and values over unit atoms for some rows without the bias; traced."""
-        unit, gram = atoms.unit, atoms.gram
+        unit = atoms.unit
+        square = jnp.sum(unit**2, axis=1)  # all 1, or 0, if normalised
         n, k = len(x), self.capacity(*unit.shape)
         rows = jnp.arange(n)
         epsilon = jnp.finfo(x.dtype).eps
@@ -74,10 +87,11 @@ class OMP(AbstractPursuit):
             size = jnp.where(taken, -1, jnp.abs(correlation))
             new = jnp.argmax(size, axis=1).astype(indices.dtype)
             # q = (d_new - projection on the support) / its norm = factor[round] @ support atoms
-            inside = jnp.einsum("nij,nj->ni", factor, gram[new[:, None], indices])
-            rest = 1 - jnp.sum(inside**2, axis=1)
+            inside = jnp.einsum("nij,nj->ni", factor, atoms.inner(new, indices))
+            rest = square[new] - jnp.sum(inside**2, axis=1)
             # Atoms within about 3e-3 of the span (in float32) cannot be told from it.
-            good = (size[rows, new] > 8 * epsilon * norm) & (rest > 64 * epsilon)
+            good = size[rows, new] > 8 * epsilon * norm * jnp.sqrt(square[new])
+            good &= rest > 64 * epsilon * square[new]
             good &= jnp.linalg.norm(residual, axis=1) > self.tolerance * norm
             scale = jnp.where(good, 1 / jnp.sqrt(jnp.where(good, rest, 1)), 0)
             projection = jnp.einsum("ni,nij->nj", inside, factor)

@@ -4,7 +4,7 @@ With q_t the orthonormal vectors that the chosen atoms give in turn (Gram-Schmid
 p_t = D q_t [m], the correlations of all atoms with q_t. A new atom d_new with w_t = <q_t, d_new> =
 p_t[new] gives
 
-    q = (d_new - sum_t w_t q_t) / l,    p = (G[new] - sum_t w_t p_t) / l,    l^2 = 1 - sum_t w_t^2,
+    q = (d_new - sum_t w_t q_t) / l,  p = (G[new] - sum_t w_t p_t) / l,  l^2 = G[new, new] - w^T w,
 
 and takes <d_new, r> / l times p off the correlations D r. So a round costs m t multiplications, all
 of them on p, which stays in a core's own cache, where the textbook form reads t rows of G from
@@ -125,16 +125,17 @@ def _code_rows(
         for tried in range(k):
             block = np.argmax(largest)
             new = block * size + _first(bits[block * size : (block + 1) * size], largest[block])
-            if abs(alpha[new]) <= tiny or (tried and energy <= limit):
+            square = np.float64(gram[new, new])
+            if abs(alpha[new]) <= tiny * np.sqrt(square) or (tried and energy <= limit):
                 break
-            rest = 1.0
+            rest = square
             for t in range(count):
                 inside[t] = p[block, t, new - block * size]
                 lower[count, t] = inside[t]
                 rest -= inside[t] * inside[t]
             indices[row, tried] = new
             chosen[tried] = new
-            if rest <= 64 * epsilon:  # cannot be told from the span of those taken
+            if rest <= 64 * epsilon * square:  # cannot be told from the span of those taken
                 alpha[new] = 0
                 largest[block] = _largest(bits[block * size : (block + 1) * size])
                 continue
@@ -152,7 +153,7 @@ def _code_rows(
                 alpha[chosen[t]] = 0  # or what rounding left of it
             for b in range(n_blocks):
                 largest[b] = _largest(bits[b * size : min(m, (b + 1) * size)])
-        _solve(lower, along, count)
+        solve_transposed(lower, along, count)
         for t in range(count):
             values[row, slots[t]] = along[t]
             atom = unit[chosen[slots[t]]]
@@ -167,7 +168,7 @@ def _code_rows(
             for s in range(t):
                 inner -= lower[t, s] * along[s]
             along[t] = inner / lower[t, t]
-        _solve(lower, along, count)
+        solve_transposed(lower, along, count)
         for t in range(count):
             values[row, slots[t]] += along[t]
 
@@ -238,7 +239,7 @@ def _project(p, gram, inside, count, scale, along, alpha):
 
 @numba.njit(nogil=True, cache=True, fastmath=True)
 @no_type_check
-def _solve(lower, z, count):
+def solve_transposed(lower, z, count):
     """Overwrite z by the solution of lower^T z' = z."""
     for t in range(count - 1, -1, -1):
         for s in range(t + 1, count):

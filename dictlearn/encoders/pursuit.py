@@ -24,12 +24,31 @@ Choice = tuple[Int[Array, "n k"], Float[Array, "n k"]]
 
 
 class UnitAtoms(eqx.Module):
-    """A dictionary as pursuits see it. A zero atom stays zero: nothing correlates with it."""
+    """A dictionary as pursuits see it. A zero atom stays zero: nothing correlates with it.
+
+    Attributes:
+      unit: atoms over their norms; over the greatest norm of all, for a pursuit that chooses by
+        <r, d_i> as it is.
+      norms: what they were divided by.
+      gram: their Gram matrix; None where a pursuit does without it.
+    """
 
     unit: Float[Array, "m d"]
     norms: Float[Array, " m"]
-    gram: Float[Array, "m m"]
+    gram: Float[Array, "m m"] | None
     bias: Float[Array, " d"]
+
+    @property
+    def products(self) -> Float[Array, "m m"]:
+        """The Gram matrix, for a pursuit that always has it."""
+        assert self.gram is not None
+        return self.gram
+
+    def inner(self, one: Int[Array, " n"], others: Int[Array, "n k"]) -> Float[Array, "n k"]:
+        """<d_one, d_other> of each row's atoms."""
+        if self.gram is not None:
+            return self.gram[one[:, None], others]
+        return jnp.einsum("nd,nkd->nk", self.unit[one], self.unit[others])
 
 
 class AbstractPursuit(AbstractEncoder):
@@ -38,6 +57,7 @@ class AbstractPursuit(AbstractEncoder):
     k: eqx.AbstractVar[int | None]
     tolerance: eqx.AbstractVar[float]
     not_negative: ClassVar[bool]  # whether its codes are
+    normalised: ClassVar[bool] = True  # whether it chooses by <r, d_i> / ||d_i||
 
     @abc.abstractmethod
     def tile(self, atoms: UnitAtoms, x: Float[Array, "n d"]) -> Choice:
@@ -72,10 +92,16 @@ class AbstractPursuit(AbstractEncoder):
         if self.k is None and self.tolerance == 0:
             raise ValueError("k: neither k nor tolerance is given; nothing would stop the pursuit")
 
+    def needs_gram(self, atoms: Float[Array, "m d"]) -> bool:
+        """Whether it is made ready with the Gram matrix of the atoms."""
+        del atoms
+        return True
+
     def prepare(self, dictionary: Dictionary) -> PreparedPursuit:
-        """Unit atoms and their Gram matrix, at a cost of m^2 d."""
+        """Unit atoms and, mostly, their Gram matrix, at a cost of m^2 d."""
         self.capacity(*dictionary.atoms.shape)
-        return PreparedPursuit(_unit_atoms(dictionary), self)
+        gram = self.needs_gram(dictionary.atoms)
+        return PreparedPursuit(_unit_atoms(dictionary, self.normalised, gram), self)
 
 
 class PreparedPursuit(AbstractPrepared):
@@ -112,10 +138,12 @@ def on_one_cpu(x: Array) -> bool:
 
 
 @eqx.filter_jit
-def _unit_atoms(dictionary: Dictionary) -> UnitAtoms:
+def _unit_atoms(dictionary: Dictionary, normalised: bool, gram: bool) -> UnitAtoms:
     norms = jnp.linalg.norm(dictionary.atoms, axis=1)
+    if not normalised:
+        norms = jnp.full_like(norms, norms.max())
     unit = dictionary.atoms / jnp.where(norms > 0, norms, 1)[:, None]
-    return UnitAtoms(unit, norms, unit @ unit.T, dictionary.bias)
+    return UnitAtoms(unit, norms, unit @ unit.T if gram else None, dictionary.bias)
 
 
 @eqx.filter_jit
@@ -171,7 +199,8 @@ def least_squares(
     """
     k = indices.shape[1]
     both = used[:, :, None] & used[:, None, :]
-    gram = jnp.where(both, atoms.gram[indices[:, :, None], indices[:, None, :]], 0)
+    gram = jax.vmap(atoms.inner, (1, None), 1)(indices, indices)  # [n k k]
+    gram = jnp.where(both, gram, 0)
     ridge = jnp.where(used, 64 * jnp.finfo(x.dtype).eps, 1)
     factor = jnp.linalg.cholesky(gram + ridge[:, :, None] * jnp.eye(k, dtype=x.dtype)[None])
 

@@ -150,6 +150,17 @@ def index_omp(x: np.ndarray, atoms: np.ndarray, *, k: int) -> Answer:
     return told, {"x_hat": codes.astype(atoms.dtype) @ atoms}
 
 
+def mergekit_omp(x: np.ndarray, atoms: np.ndarray, *, k: int) -> Answer:
+    """What mergekit-tokensurgeon approximates tokens with, 512 at once by default."""
+    torch = importlib.import_module("torch")
+    torch.set_num_threads(_threads())
+    omp = importlib.import_module("mergekit.tokensurgeon.omp").batch_omp
+    rows, points = torch.tensor(x), torch.tensor(atoms)
+    seconds, (indices, values) = _timed(lambda: omp(rows, points, k))
+    x_hat = torch.einsum("nk,nkd->nd", values, points[indices])
+    return {"name": _name("mergekit"), "seconds": seconds}, {"x_hat": x_hat.numpy()}
+
+
 class _Done(Exception):  # noqa: N818
     pass
 
@@ -306,6 +317,7 @@ TOOLS: dict[str, Callable[..., Answer]] = {
     "spams_omp": spams_omp,
     "sklearn_omp": sklearn_omp,
     "index_omp": index_omp,
+    "mergekit_omp": mergekit_omp,
     "index_fit": index_fit,
     "sklearn_fit": sklearn_fit,
     "torch_sae": torch_sae,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,16 +11,24 @@ from sklearn.linear_model import orthogonal_mp
 
 from dictlearn.codes import SparseCodes
 from dictlearn.dictionary import Dictionary
-from dictlearn.encoders import omp_cpu
+from dictlearn.encoders import omp, omp_cpu, omp_many
 from dictlearn.encoders.omp import OMP
 from dictlearn.encoders.pursuit import PreparedPursuit, _encode_tiles
 
 # (rows, m, d, k). Tiles hold 1,024 rows: fewer, one more, and not a multiple.
 SHAPES = [(700, 64, 32, 5), (1025, 48, 24, 8), (1100, 128, 16, 3), (200, 20, 20, 10)]
 
+
+def without_gram(prepared: PreparedPursuit) -> PreparedPursuit:
+    """As with more atoms than a Gram matrix fits for."""
+    return eqx.tree_at(lambda p: p.atoms.gram, prepared, None)
+
+
 FORMS: dict[str, Callable[[PreparedPursuit, jax.Array], SparseCodes]] = {
     "one by one": PreparedPursuit.encode,
     "batched": lambda prepared, x: _encode_tiles(prepared, x, None),
+    "one by one, no gram": lambda prepared, x: without_gram(prepared).encode(x),
+    "batched, no gram": lambda prepared, x: _encode_tiles(without_gram(prepared), x, None),
 }
 
 
@@ -65,7 +74,10 @@ MANY = [
 ]  # fmt: skip
 
 
-def test_float64_equals_scikit_learn_on_10_000_problems(encode: Encode) -> None:
+def test_float64_equals_scikit_learn_on_10_000_problems(
+    encode: Encode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(omp_many, "_FEW", 1500)  # then it is exact
     rows = same = 0
     for seed, (n, m, d, k, common) in enumerate(MANY):
         x, atoms = problem(n, m, d, seed=seed)
@@ -85,16 +97,87 @@ def test_kernel_and_batches_agree(n: int, m: int) -> None:
     """Whatever rows fill a tile or a thread's part, and atoms a block."""
     x, atoms = problem(n, m, 40, seed=m)
     with jax.enable_x64(True):
-        one, two = (encoding(form)(x, atoms, 6)[0] for form in FORMS)
-    np.testing.assert_allclose(one, two, atol=1e-10)
+        codes = [
+            encoding(form)(x, atoms, 6)[0]
+            for form in FORMS
+            if m <= 256 or "one by one, " not in form
+        ]
+    for other in codes[1:]:
+        np.testing.assert_allclose(codes[0], other, atol=1e-10)
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_many_atoms_leave_hardly_more_than_all_looked_at_in_every_round(
+    *, normalised: bool
+) -> None:
+    """4,000 atoms with a common direction and 64 dimensions, 192 of them at hand."""
+    x, atoms = problem(600, 4000, 64, seed=30)
+    norms = np.random.default_rng(31).uniform(0.5, 2, (4000, 1))
+    x, atoms = (x + 2 * atoms[0]).astype(np.float32), (norms * (atoms + 0.5 * atoms[0]))
+    dictionary = Dictionary(jnp.asarray(atoms, jnp.float32), jnp.zeros(64))
+    prepared = OMP(k=16, normalised=normalised).prepare(dictionary)
+    every, few = (
+        FORMS[form](prepared, jnp.asarray(x)) for form in ("batched", "one by one, no gram")
+    )
+    left = [np.linalg.norm(x - dictionary.decode(c), axis=1) for c in (every, few)]
+    assert left[1].mean() == pytest.approx(left[0].mean(), rel=5e-3)
+    same = (np.asarray(every.indices) == np.asarray(few.indices)).mean(axis=0)
+    assert same[0] == 1  # all atoms are looked at first
+    assert same[1] > 0.9
+
+
+def test_many_equal_atoms_beside_the_best() -> None:
+    """More than a row works on, all as good as each other, and one a little better."""
+    rng = np.random.default_rng(32)
+    x, better = rng.standard_normal((2, 1, 32)).astype(np.float32)
+    atoms = np.repeat(rng.standard_normal((1, 32)).astype(np.float32), 3000, axis=0)
+    atoms[1700] = 3 * x[0] + better[0]
+    dictionary = Dictionary(jnp.asarray(atoms), jnp.zeros(32))
+    codes = without_gram(OMP(k=3).prepare(dictionary)).encode(jnp.asarray(x))
+    assert codes.indices[0, 0] == 1700
+    assert int(codes.l0()[0]) == 2  # the copies count once
+
+
+def test_without_norms_the_longest_correlate_most() -> None:
+    """The textbook's rounds with raw correlations, in float64."""
+    x, atoms = problem(200, 80, 24, seed=33)
+    atoms = atoms * np.random.default_rng(34).uniform(0.2, 3, (80, 1))
+    dictionary = Dictionary(jnp.asarray(atoms, jnp.float32), jnp.zeros(24))
+    for form in FORMS.values():
+        codes = form(OMP(k=5, normalised=False).prepare(dictionary), jnp.asarray(x, jnp.float32))
+        for row in range(200):
+            support: list[int] = []
+            left = x[row]
+            for _ in range(5):
+                support.append(int(np.abs(atoms @ left).argmax()))
+                z = np.linalg.lstsq(atoms[support].T, x[row], rcond=None)[0]
+                left = x[row] - z @ atoms[support]
+            assert codes.indices[row].tolist() == support
+            np.testing.assert_allclose(codes.values[row], z, rtol=1e-3, atol=1e-4)
+
+
+def test_gram_matrices_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, atoms = problem(50, 40, 16, seed=35)
+    dictionary = Dictionary(jnp.asarray(atoms, jnp.float32), jnp.zeros(16))
+    with_gram = OMP(k=4).prepare(dictionary)
+    monkeypatch.setattr(omp, "_GRAM", 40 * 40 * 4 - 1)
+    without = OMP(k=4).prepare(dictionary)
+    assert with_gram.atoms.gram is not None
+    assert without.atoms.gram is None
+    rows = jnp.asarray(x, jnp.float32)
+    np.testing.assert_allclose(
+        with_gram.encode(rows).dense(), without.encode(rows).dense(), atol=1e-4
+    )
 
 
 def test_the_number_of_threads_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     x, atoms = problem(700, 100, 24, seed=20)
     codes = []
     for count in (1, 2, 5):
-        monkeypatch.setattr(omp_cpu, "threads_at_hand", lambda count=count: count)
-        codes.append(encoding("one by one")(x.astype(np.float32), atoms, 7)[0])
+        for kernel in (omp_cpu, omp_many):
+            monkeypatch.setattr(kernel, "threads_at_hand", lambda count=count: count)
+        forms = ("one by one", "one by one, no gram")
+        codes.append([encoding(form)(x.astype(np.float32), atoms, 7)[0] for form in forms])
     np.testing.assert_array_equal(codes[0], codes[1])
     np.testing.assert_array_equal(codes[0], codes[2])
 

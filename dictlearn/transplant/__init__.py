@@ -1,0 +1,1 @@
+"""Tokenizer transplantation: another model's tokenizer for a model, without training."""

@@ -1,0 +1,57 @@
+"""What a person sees of a transplant in the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+_CONSOLE = Console(highlight=False, soft_wrap=True, width=100)
+_TOLD = {
+    "shared": "the same bytes",
+    "role": "the same role",
+    "special": "the same special token",
+    "override": "as the config says",
+    "approximated": "made up",
+    "lost": "only the base has",
+}
+
+
+def show(output: Path, told: dict[str, Any]) -> None:
+    """What `transplant` gave."""
+    if not told["identical"]:
+        show_matching(told["matching"])
+        method = {key: value for key, value in told["method"].items() if key != "name"}
+        settings = ", ".join(f"{key} = {value}" for key, value in method.items())
+        _say(f"\nmethod   {told['method']['name']}{f' ({settings})' if settings else ''}")
+    for warning in told["warnings"]:
+        _say(f"warning: {warning}")
+    _say(f"\n{output} loads with AutoModelForCausalLM and AutoTokenizer. How good is it?")
+    _say(f"  python -m evals.transplant {output}")
+
+
+def show_matching(told: dict[str, Any]) -> None:
+    """Which tokens match: a matching's report."""
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    table.add_column("tokens", no_wrap=True)
+    table.add_column("", justify="right", no_wrap=True)
+    table.add_column("for example", no_wrap=True)
+    for kind, words in _TOLD.items():
+        if told[kind]["count"]:
+            table.add_row(words, f"{told[kind]['count']:,}", _examples(told[kind]["examples"]))
+    kinds = told["kinds"]
+    _say(f"tokenizers   {kinds['donor']} (donor), {kinds['base']} (base)")
+    _CONSOLE.print(table, soft_wrap=False)
+
+
+def _examples(examples: list[Any]) -> str:
+    told = [
+        " -> ".join(map(repr, one)) if isinstance(one, list) else repr(one) for one in examples[:4]
+    ]
+    return ", ".join(one for one in told if len(one) < 30)[:60]
+
+
+def _say(line: str) -> None:
+    _CONSOLE.print(line, markup=False)

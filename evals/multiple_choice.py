@@ -1,0 +1,100 @@
+"""Zero-shot accuracy on multiple-choice questions: the choice that the model finds likeliest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from activations.terminal import UserError, progress
+from evals.token_losses import token_nats
+
+
+def read_questions(file: Path, count: int, *, seed: int) -> list[dict[str, Any]]:
+    """Some documents of a jsonl file with `query`, `choices` and `gold`, drawn without repeats.
+
+    Raises:
+      UserError: the file is missing, or a line of it is no such document.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")  # JSON may hold other separators
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read ({error})") from None
+    questions = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            held = json.loads(line)
+            query, choices, gold = held["query"], held["choices"], held["gold"]
+            fits = isinstance(query, str) and isinstance(choices, list) and type(gold) is int
+            fits = fits and all(isinstance(one, str) and one for one in choices)
+            if not fits or not 0 <= gold < len(choices):
+                raise ValueError("its gold is none of its choices, or a choice is empty")
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{file}: line {number} is no document with query, choices and gold ({error})"
+            ) from None
+        questions.append({"query": query, "choices": choices, "gold": gold})
+    if not questions:
+        raise UserError(f"{file}: holds no documents")
+    drawn = np.random.default_rng(seed).permutation(len(questions))[:count]
+    return [questions[place] for place in sorted(drawn)]
+
+
+def accuracy(
+    model: Any,
+    questions: list[dict[str, Any]],
+    encode: Callable[[str], list[int]],
+    *,
+    begin: list[int],
+    name: str = "",
+) -> dict[str, Any]:
+    """Shares of questions whose right choice has the greatest log-likelihood, [0, 1].
+
+    A choice's is sum log p of its tokens behind "query choice"; `acc` compares the sums, `acc_norm`
+    the sums over the choices' bytes. Both with their standard error, as lm-evaluation-harness has
+    them. `right` and `right_norm` say it question by question, for paired comparisons.
+
+    Raises:
+      UserError: a choice has nothing before it to be predicted from.
+    """
+    right: list[list[bool]] = []
+    with progress(total=len(questions), unit="question", desc=name or "questions") as bar:
+        for one in questions:
+            sums = _log_likelihoods(model, one, encode, begin)
+            sizes = np.array([len(choice.encode()) for choice in one["choices"]])
+            right.append([sums.argmax() == one["gold"], (sums / sizes).argmax() == one["gold"]])
+            bar.update()
+    table = np.array(right, float)
+    mean = table.mean(axis=0)
+    error = np.sqrt(mean * (1 - mean) / max(len(table) - 1, 1))
+    return {
+        "acc": float(mean[0]), "acc_stderr": float(error[0]),
+        "acc_norm": float(mean[1]), "acc_norm_stderr": float(error[1]),
+        "n": len(table),
+        "right": [int(one) for one in table[:, 0]], "right_norm": [int(one) for one in table[:, 1]],
+    }  # fmt: skip
+
+
+def _log_likelihoods(
+    model: Any, one: dict[str, Any], encode: Callable[[str], list[int]], begin: list[int]
+) -> np.ndarray:
+    """Log p of each choice behind the query. A token that reaches over both is the choice's."""
+    before = encode(one["query"])
+    sequences, first = [], []
+    for choice in one["choices"]:
+        whole = encode(f"{one['query']} {choice}")
+        pairs = enumerate(zip(before, whole, strict=False))
+        same = next((place for place, (a, b) in pairs if a != b), len(before))
+        sequences.append([*begin, *whole])
+        first.append(len(begin) + min(same, len(whole) - 1))
+    if 0 in first:
+        raise UserError(
+            f"zero_shot: the query {one['query']!r} leaves no token before {one['choices']!r}, and "
+            "the model's tokenizer puts none before a text; give longer queries"
+        )
+    return -np.array([nats.sum() for nats in token_nats(model, sequences, first)])
