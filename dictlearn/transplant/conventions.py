@@ -26,10 +26,11 @@ _TEMPLATE = "chat_template.jinja"
 
 
 class Conventions:
-    """What of the base's special tokens becomes of them in the new vocabulary.
+    """What becomes of the base's special tokens in the new vocabulary.
 
     Attributes:
-      ids: ids of the new vocabulary that hold the row of a special token of the base.
+      ids: ids of the new vocabulary that hold the row of a token of the base, by override and role
+        before others.
       warnings: what could not be carried over.
     """
 
@@ -37,8 +38,7 @@ class Conventions:
         self._matching = matching
         self.ids: dict[int, list[int]] = {}
         for own, other in matching.copied.items():
-            if other in matching.base.special:
-                self.ids.setdefault(other, []).append(own)
+            self.ids.setdefault(other, []).append(own)
         self.warnings: list[str] = []
 
     def write(self, out: Path, rows: int) -> None:
@@ -138,13 +138,17 @@ class Conventions:
 
     def _tokenizer_config(self, out: Path, *, begins: bool, ends: bool) -> None:
         """The donor's, told to put around a text what tokenizer.json does."""
-        donor = self._matching.donor
+        base, donor = self._matching.base, self._matching.donor
         file = donor.directory / "tokenizer_config.json"
         held = table(file) if file.exists() else {}
         held.pop("chat_template", None)
         for role in ROLES:
-            if role in donor.roles:
-                held[f"{role}_token"] = donor.text(donor.roles[role])
+            # An override may have given the base's to another token than the donor's own.
+            known = self.ids.get(base.roles.get(role, -1), [])
+            if role in donor.roles and (role == "pad" or not known):
+                known = [donor.roles[role]]
+            if known:
+                held[f"{role}_token"] = donor.text(known[0])
         if (out / "tokenizer.json").exists():
             # A class of its own would build what stands around a text anew.
             held = {key: held[key] for key in held if key not in ("auto_map", "backend")}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 _CONSOLE = Console(highlight=False, soft_wrap=True, width=100)
@@ -40,7 +41,8 @@ def show_matching(told: dict[str, Any]) -> None:
     table.add_column("for example", no_wrap=True)
     for kind, words in _TOLD.items():
         if told[kind]["count"]:
-            table.add_row(words, f"{told[kind]['count']:,}", _examples(told[kind]["examples"]))
+            examples = escape(_examples(told[kind]["examples"]))
+            table.add_row(words, f"{told[kind]['count']:,}", examples)
     kinds = told["kinds"]
     _say(f"tokenizers   {kinds['donor']} (donor), {kinds['base']} (base)")
     _CONSOLE.print(table, soft_wrap=False)

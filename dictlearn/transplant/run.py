@@ -134,9 +134,11 @@ def read_pair(
     own, other = Weights(base), Weights(donor)
     known = read_vocabulary(base)
     _check_rows(known, own, [*known.tokens])
-    with_row = {token: text for token, text in known.special.items() if token < own.rows}
+    # Special tokens may be listed that the weights never had a row for.
+    special = {token: text for token, text in known.special.items() if token < own.rows}
+    roles = {role: token for role, token in known.roles.items() if token in special}
     wanted = read_vocabulary(donor)
-    matching = match(wanted, dataclasses.replace(known, special=with_row), overrides)
+    matching = match(wanted, dataclasses.replace(known, special=special, roles=roles), overrides)
     _check_rows(wanted, other, [*wanted.tokens, *matching.new.tolist()])
     return Pair(own, other, matching, undertrained)
 
@@ -159,7 +161,7 @@ def read_transplant(output: Path) -> tuple[Pair, TransplantConfig]:
 
 
 def _check_rows(vocabulary: Vocabulary, weights: Weights, tokens: list[int]) -> None:
-    if missing := [token for token in tokens if token >= weights.rows]:
+    if missing := sorted(token for token in {*tokens} if token >= weights.rows):
         texts = ", ".join(repr(vocabulary.text(token)) for token in missing[:5])
         raise UserError(
             f"{vocabulary.directory}: the tokenizer has {len(vocabulary):,} tokens, and the "

@@ -328,8 +328,9 @@ def test_a_seed_has_one_result(make: Make, tmp_path: Path) -> None:
         transplant(config_of(make("llama"), make("gemma"), out, method=Random(), seed=seed))
         return (out / "model.safetensors").read_bytes()
 
-    assert made("a", 3) == made("b", 3)
-    assert made("c", 4) != made("b", 3 if False else 3 + 2)
+    first, again, other = made("a", 3), made("b", 3), made("c", 4)
+    assert first == again
+    assert first != other
 
 
 def test_a_transplant_can_be_read_back(make: Make, tmp_path: Path) -> None:
@@ -655,7 +656,7 @@ def test_an_untied_model_without_a_head_is_told(
         ({"method": {"name": "mean", "k": 3}}, "method.k: unknown key"),
         ({"method": {"name": "focus"}}, "method.static: missing"),
         ({"method": {"name": "focus", "static": {}}}, "method.static: give either vectors"),
-        ({"methods": {"name": "omp"}}, "methods: unknown key. Did you mean method?"),
+        ({"methods": {"name": "omp"}}, "methods: unknown key. Did you mean method "),
         ({"undertrained": 0}, "undertrained"),
         ({"undertrained": 1.5}, "undertrained"),
         ({"seed": -1}, "seed"),
