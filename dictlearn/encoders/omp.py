@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, ClassVar, Literal
 
 import equinox as eqx
@@ -12,9 +13,15 @@ from pydantic import Field
 
 from dictlearn.codes import SparseCodes
 from dictlearn.encoders import omp_cpu, omp_many
-from dictlearn.encoders.pursuit import AbstractPursuit, Choice, UnitAtoms
+from dictlearn.encoders.pursuit import (
+    AbstractPursuit,
+    Choice,
+    UnitAtoms,
+    exact_gram,
+    on_one_cpu,
+)
 
-# Bytes of a Gram matrix, at most: that of 23,170 atoms in float32.
+# Bytes of an exact Gram matrix, at most: that of 23,170 atoms in float32.
 _GRAM = 2**31
 
 
@@ -33,8 +40,9 @@ class OMP(AbstractPursuit):
 
     On one CPU device a kernel goes through the rows one by one (dictlearn.encoders.omp_cpu);
     elsewhere they are coded in batches. Both make the same choices but where rounding decides.
-    Over more than 23,170 atoms (float32) on a CPU another one (omp_many) now and then takes an atom
-    that is not quite the best.
+    Over more than 23,170 atoms (float32) another kernel (omp_many) now and then takes an atom that
+    is not quite the best; it needs 2 m^2 bytes, and where that is over half of the memory the rows
+    are coded in batches.
 
     Arguments:
       k: nonzeros a row, at most the number of atoms; None for as many as `tolerance` takes.
@@ -61,12 +69,19 @@ class OMP(AbstractPursuit):
 
     def on_cpu(self, atoms: UnitAtoms, x: Float[Array, "n d"]) -> Choice | None:
         """The kernel of dictlearn.encoders.omp_cpu, or that of omp_many."""
-        kernel = omp_many if atoms.gram is None else omp_cpu
-        return kernel.encode(atoms, x, self.capacity(*atoms.unit.shape), self.tolerance)
+        if atoms.gram is None:
+            return None
+        coder = omp_many.code_part if atoms.gram.dtype == jnp.int16 else omp_cpu.code_part
+        return omp_cpu.encode(coder, atoms, x, self.capacity(*atoms.unit.shape), self.tolerance)
 
-    def needs_gram(self, atoms: Float[Array, "m d"]) -> bool:
-        """Unless it would be larger than _GRAM bytes."""
-        return len(atoms) ** 2 * atoms.dtype.itemsize <= _GRAM
+    def gram(self, unit: Float[Array, "m d"]) -> Array | None:
+        """Exact up to _GRAM bytes; on one CPU in 16 bits up to half of the memory."""
+        if len(unit) ** 2 * unit.dtype.itemsize <= _GRAM:
+            return exact_gram(unit)
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if on_one_cpu(unit) and len(unit) ** 2 * 2 <= memory / 2:
+            return omp_many.rough_gram(unit)
+        return None
 
     def tile(self, atoms: UnitAtoms, x: Float[Array, "n d"]) -> Choice:
         """Indices and values over unit atoms for some rows without the bias; traced."""

@@ -17,6 +17,7 @@ how many there are.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, no_type_check
 
@@ -36,8 +37,14 @@ _TILE = 1024
 _PART = 64
 
 
-def encode(atoms: UnitAtoms, x: Float[Array, "n d"], capacity: int, tolerance: float) -> Choice:
-    """Indices and values over unit atoms, for rows on the host."""
+def encode(
+    part_coder: Callable[..., None],
+    atoms: UnitAtoms,
+    x: Float[Array, "n d"],
+    capacity: int,
+    tolerance: float,
+) -> Choice:
+    """Indices and values over unit atoms, for rows on the host, by `code_part` or one like it."""
     n = len(x)
     unit, gram = np.asarray(atoms.unit), np.asarray(atoms.gram)
     indices = np.zeros((n, capacity), np.int32)
@@ -50,7 +57,7 @@ def encode(atoms: UnitAtoms, x: Float[Array, "n d"], capacity: int, tolerance: f
             there = [slice(start + part.start, start + part.stop) for part in parts]
             list(
                 threads.map(
-                    functools.partial(_code_part, unit, gram, tolerance),
+                    functools.partial(part_coder, unit, gram, tolerance),
                     [centred[part] for part in parts],
                     [correlation[part] for part in parts],
                     [indices[part] for part in there],
@@ -77,7 +84,7 @@ def _correlate(atoms: UnitAtoms, x: Array) -> tuple[Array, Array]:
     return centred, centred @ atoms.unit.T
 
 
-def _code_part(
+def code_part(
     unit: np.ndarray,
     gram: np.ndarray,
     tolerance: float,
@@ -146,7 +153,7 @@ def _code_rows(
             scale = x.dtype.type(1 / length)
             for b in range(n_blocks):
                 here = slice(b * size, min(m, (b + 1) * size))
-                _project(p[b], gram[new, here], inside, count, scale, along[count], alpha[here])
+                project(p[b], gram[new, here], inside, count, scale, along[count], alpha[here])
             slots[count] = tried
             count += 1
             for t in range(tried + 1):
@@ -197,7 +204,7 @@ def _first(bits, largest):
 
 @numba.njit(nogil=True, cache=True, fastmath=True)
 @no_type_check
-def _project(p, gram, inside, count, scale, along, alpha):
+def project(p, gram, inside, count, scale, along, alpha):
     """p[count] = scale (gram - sum_t inside_t p_t), and alpha -= along p[count].
 
     Eight t at once, so that each sum is fetched and put back less often.

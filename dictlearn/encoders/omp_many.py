@@ -1,275 +1,236 @@
-"""Orthogonal matching pursuit on a CPU over so many atoms that no Gram matrix of them fits.
+"""Orthogonal matching pursuit on a CPU over so many atoms that a row cannot keep all correlations.
 
-The textbook form takes the correlations of all m atoms in each of k rounds, 2 k m d operations a
-row. Here a row works on the few atoms that correlate most with its residual, and all are looked at
-again (one product of matrices for many rows) only when one that was left out may have become the
-best. With b the greatest |<r, d_i>| of those left out at the last look, r' the residual since,
+The Gram matrix is held in 16 bits (steps of 3e-5: 4.3 GB for 46,000 atoms). It serves choices
+alone; what the values come from is computed from the atoms themselves.
+
+The form of dictlearn.encoders.omp_cpu takes m t multiplications in round t. Here a row works on the
+few atoms that correlate most with its residual, and all are looked at again, D r = D x - G z, only
+when one that was left out may have become the best. With b the greatest |<r, d_i>| of those left
+out at the last look, r' the residual since,
 
     |<r', d_i>| <= |<r, d_i>| + |<r - r', d_i>|,
 
 where the last term is about ||r - r'|| / sqrt(d) for an atom that has nothing to do with the
 difference. A row goes on by itself while its best atom reaches
 
-    b + ||r - r'|| / sqrt(d),
+    b + 1.5 ||r - r'|| / sqrt(d),
 
-so that now and then it takes the second best: with 46,145 atoms of 640 dimensions and k = 64,
-residuals are 0.3 % longer than those of the textbook form (experiments/LOG.md), at a seventh of
-its products. Where there are not more atoms than a row works on, the form is exact.
-
-Threads of Python share the rows, as in dictlearn.encoders.omp_cpu.
+so that now and then it takes the second best. What that costs is in experiments/LOG.md.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, NamedTuple, no_type_check
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
 import numba
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int16
 
-from dictlearn.encoders.omp_cpu import solve_transposed, threads_at_hand
+from dictlearn.encoders.omp_cpu import project, solve_transposed
 
-if TYPE_CHECKING:
-    from dictlearn.encoders.pursuit import Choice, UnitAtoms
-
-# Atoms a row works on by itself: 192 of 640 numbers stay in a core's own cache.
-_FEW = 192
+# Atoms a row works on by itself.
+_FEW = 384
 # How far an atom's correlation is taken to drift, in units of ||r - r'|| / sqrt(d).
-_DRIFT = 1.0
-# Atoms whose greatest correlation is found at once.
+_DRIFT = 1.5
+# Atoms whose greatest correlation is found at once; whose correlations are summed at once.
 _BLOCK = 64
-# Rows that are worked on by turns, at most; bytes of their orthonormal vectors.
-_TILE = 512
-_BYTES = 2**28
-# Bytes of the correlations of rows that look at all atoms together: what the C library keeps for
-# the next ones (up to 32 MiB) instead of giving it back to the system, at a third of all time.
-_LOOK = 24 * 2**20
-# Numbers of rows come in these steps, so that few shapes are compiled.
-_STEP = 16
-
-
-class _Rows(NamedTuple):
-    """What is known of some rows: residual [n d], and of each slot [n k]:
-
-    the atom, its orthonormal vector q [n k d], <q, x>, and lower [n k k], the coordinates of atoms
-    along the q before them. So many slots are `filled`; k where the row is done.
-    """
-
-    residual: np.ndarray
-    indices: np.ndarray
-    basis: np.ndarray
-    along: np.ndarray
-    lower: np.ndarray
-    filled: np.ndarray
-    norm: np.ndarray
-
-
-def encode(atoms: UnitAtoms, x: Float[Array, "n d"], capacity: int, tolerance: float) -> Choice:
-    """Indices and values over the atoms, for rows on the host."""
-    unit = np.asarray(atoms.unit)
-    n, d = x.shape
-    spare = SimpleQueue()
-    for _ in range(threads_at_hand()):
-        spare.put(_scratch(unit))
-    size = max(1, min(_TILE, n, _BYTES // (capacity * d * x.dtype.itemsize)))
-    indices = np.zeros((n, capacity), np.int32)
-    values = np.zeros((n, capacity), unit.dtype)
-    with ThreadPoolExecutor(threads_at_hand()) as threads:
-        for start in range(0, n, size):
-            part = np.array(x[start : start + size] - atoms.bias[None])
-            there = slice(start, start + len(part))
-            work = functools.partial(_go_on, unit, tolerance, spare)
-            _encode_tile(atoms.unit, unit, part, work, indices[there], values[there], threads)
-    return jnp.asarray(indices), jnp.asarray(values)
-
-
-def _encode_tile(
-    on_device: Array,
-    unit: np.ndarray,
-    x: np.ndarray,
-    work: Callable[..., None],
-    indices: np.ndarray,
-    values: np.ndarray,
-    threads: ThreadPoolExecutor,
-) -> None:
-    """Code some rows into `indices` and `values`."""
-    n, k = indices.shape
-    d = x.shape[1]
-    state = _Rows(
-        x.copy(), indices, np.empty((n, k, d), x.dtype), np.zeros((n, k), x.dtype),
-        np.zeros((n, k, k), x.dtype), np.zeros(n, np.int64), np.linalg.norm(x, axis=1),
-    )  # fmt: skip
-    at_once = max(1, _LOOK // (len(unit) * unit.itemsize))
-    while len(left := np.flatnonzero(state.filled < k)):
-        for rows in np.split(left, range(at_once, len(left), at_once)):
-            padded = np.pad(state.residual[rows], ((0, -len(rows) % _STEP), (0, 0)))
-            correlation = np.asarray(_correlate(jnp.asarray(padded), on_device))
-            part = -(-len(rows) // (4 * threads._max_workers))
-            places = range(0, len(rows), part)
-            list(
-                threads.map(
-                    functools.partial(work, state),
-                    [rows[at : at + part] for at in places],
-                    [correlation[at : at + part] for at in places],
-                )
-            )
-    part = -(-n // threads._max_workers)
-    places = [slice(at, at + part) for at in range(0, n, part)]
-    finish: Any = _finish
-    list(threads.map(lambda p: finish(x[p], unit, *(f[p] for f in state[1:5]), values[p]), places))
+_SUM = 2048
+# Rows of the Gram matrix that are computed at once, and the integer that stands for 1.
+_ROWS = 512
+_ONE = 32767
 
 
 @jax.jit
-def _correlate(x: Array, unit: Array) -> Array:
-    return x @ unit.T
+def rough_gram(unit: Float[Array, "m d"]) -> Int16[Array, "m m"]:
+    """round(32767 <d_i, d_j>) of atoms not longer than 1, never held in another type."""
+    m = len(unit)
+    rows = min(_ROWS, m)
+
+    def fill(block: Array, gram: Array) -> Array:
+        start = jnp.minimum(block * rows, m - rows)
+        inner = jax.lax.dynamic_slice_in_dim(unit, start, rows) @ unit.T
+        inner = jnp.round(_ONE * jnp.clip(inner, -1, 1)).astype(jnp.int16)
+        return jax.lax.dynamic_update_slice_in_dim(gram, inner, start, 0)
+
+    return jax.lax.fori_loop(0, -(-m // rows), fill, jnp.zeros((m, m), jnp.int16))
 
 
-def _scratch(unit: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Where a thread works: made once, since the system takes back what is as large."""
-    m, d = unit.shape
-    return (
-        np.empty((min(_FEW, m), d), unit.dtype),
-        np.empty(m, np.int64),
-        np.empty(m, unit.dtype),
-        np.empty(-(-m // _BLOCK), unit.dtype),
-    )
-
-
-def _go_on(
+def code_part(
     unit: np.ndarray,
+    gram: np.ndarray,
     tolerance: float,
-    spare: SimpleQueue[Any],
-    state: _Rows,
-    rows: np.ndarray,
+    x: np.ndarray,
     correlation: np.ndarray,
+    indices: np.ndarray,
+    values: np.ndarray,
 ) -> None:
-    """Rounds of some rows until each is done or has to look at all atoms again; on a thread."""
-    scratch = spare.get()
+    """Code some rows into `indices` and `values`; on a thread."""
     drift = unit.dtype.type(_DRIFT / np.sqrt(unit.shape[1]))
+    few = min(_FEW, len(unit))
     epsilon = np.finfo(unit.dtype).eps
-    kernel: Any = _rounds
-    kernel(unit, *state, rows, correlation, tolerance, epsilon, drift, *scratch)
-    spare.put(scratch)
+    _code_rows(x, unit, gram, correlation, tolerance, epsilon, drift, few, indices, values)
 
 
 @numba.njit(nogil=True, cache=True, fastmath=True)
 @no_type_check
-def _rounds(
-    unit, residual, indices, basis, along, lower, filled, norm, rows, correlation, tolerance,
-    epsilon, drift, few, places, sizes, block_best,
+def _code_rows(
+    x, unit, gram, correlation, tolerance, epsilon, drift, few, indices, values
 ):  # fmt: skip
-    """As many rounds of each row as its few best atoms, copied to `few`, are enough for."""
-    d, k = unit.shape[1], indices.shape[1]
-    alpha = np.empty(len(few), unit.dtype)
-    inside = np.empty(k, unit.dtype)
-    for i in range(len(rows)):
-        row = rows[i]
-        r, t = residual[row], filled[row]
-        n, left_out = _most(correlation[i], len(few), places, sizes, block_best)
-        n = _without(places, n, indices[row, :t])
-        for c in range(n):
-            few[c] = unit[places[c]]
-            alpha[c] = correlation[i, places[c]]
-        moved = unit.dtype.type(0)
-        looked = True
-        while t < k:
-            if not looked:
-                _inner(few, r, n, alpha)
-            best = 0
-            for c in range(1, n):
-                if abs(alpha[c]) > abs(alpha[best]) or (
-                    abs(alpha[c]) == abs(alpha[best]) and places[c] < places[best]
+    """Rows x [n d] against atoms `unit`, not longer than 1."""
+    d, k, m = x.shape[1], indices.shape[1], len(unit)
+    one = x.dtype.type(1)
+    lower = np.zeros((k, k), x.dtype)  # of the support: d_t = sum_s lower[t, s] q_s
+    own = np.empty((k, d), x.dtype)  # the support's atoms
+    along, inside, z = np.empty(k, x.dtype), np.empty(k, x.dtype), np.empty(k, x.dtype)  # along q_t
+    chosen, slots, tries = np.empty(k, np.int64), np.empty(k, np.int64), np.empty(k, np.int64)
+    every, sizes = np.empty(m, x.dtype), np.empty(m, x.dtype)
+    block_best = np.empty(-(-m // _BLOCK), x.dtype)
+    places = np.empty(m, np.int64)  # of the few; longer while they are sought
+    alpha, gathered = np.empty(few, x.dtype), np.empty(few, x.dtype)
+    p = np.empty((k, few), x.dtype)  # <q_t, d_i> of the few
+    for row in range(len(x)):
+        energy = 0.0
+        for i in range(d):
+            energy += x[row, i] * x[row, i]
+        tiny = 8 * epsilon * np.sqrt(energy)
+        limit = tolerance * tolerance * energy
+        tried = count = 0
+        while tried < k:
+            z[:count] = along[:count]
+            solve_transposed(lower, z, count)
+            _look(correlation[row], gram, chosen, z, count, every)
+            every[tries[:tried]] = 0  # or what rounding left of it
+            n, left_out = _most(every, few, places, sizes, block_best)
+            for c in range(n):
+                alpha[c] = every[places[c]]
+            for s in range(count):
+                _gather(gram[chosen[s]], places, n, gathered)
+                scale = one / lower[s, s]
+                project(p, gathered[:n], lower[s], s, scale, 0 * one, alpha[:n])
+            moved = 0.0
+            start = tried
+            while tried < k:
+                best = 0
+                for c in range(1, n):
+                    if abs(alpha[c]) > abs(alpha[best]) or (
+                        abs(alpha[c]) == abs(alpha[best]) and places[c] < places[best]
+                    ):
+                        best = c
+                if n and tried > start and abs(alpha[best]) < left_out + drift * np.sqrt(moved):
+                    break
+                new = places[best]
+                square = 0.0
+                for i in range(d):
+                    own[count, i] = unit[new, i]
+                    square += own[count, i] * own[count, i]
+                rest = _inside(own, count, lower, square, inside)
+                inner = correlation[row, new]  # with the residual, exactly
+                for s in range(count):
+                    inner -= inside[s] * along[s]
+                if (
+                    n == 0  # as with a row of NaN
+                    or abs(inner) <= tiny * np.sqrt(square)
+                    or (tried and energy <= limit)
                 ):
-                    best = c
-            top = abs(alpha[best])
-            if n and not looked and top < left_out + drift * np.sqrt(moved):
-                break
-            looked = False
-            square = unit.dtype.type(0)
-            energy = unit.dtype.type(0)
-            for j in range(d):
-                energy += r[j] * r[j]
-                square += few[best, j] * few[best, j]
-            if (
-                n == 0  # as with a row of NaN
-                or top <= 8 * epsilon * norm[row] * np.sqrt(square)
-                or (t > 0 and energy <= (tolerance * norm[row]) ** 2)
-            ):
-                t = k
-                break
-            q = basis[row, t]
-            q[:] = few[best]
-            rest = _orthogonalise(q, basis[row], t, square, inside, lower[row, t])
-            indices[row, t] = places[best]
-            if rest <= 64 * epsilon * square:  # cannot be told from the span of those taken
-                q[:] = 0
-                lower[row, t, t] = 1
-            else:
+                    k = tried  # ends this row
+                    break
+                indices[row, tried] = tries[tried] = new
+                tried += 1
+                n -= 1  # the last of the few takes its place
+                alpha[best], places[best] = alpha[n], places[n]
+                for s in range(count):
+                    p[s, best] = p[s, n]
+                if rest <= 64 * epsilon * square:  # cannot be told from the span of those taken
+                    continue
                 length = np.sqrt(rest)
-                lower[row, t, t] = length
-                step = unit.dtype.type(0)
-                for j in range(d):
-                    q[j] /= length
-                    step += q[j] * r[j]
-                for j in range(d):
-                    r[j] -= step * q[j]
-                along[row, t] = step
+                step = inner / length
+                lower[count, :count] = inside[:count]
+                lower[count, count] = length
+                along[count] = step
+                chosen[count], slots[count] = new, tried - 1
+                _gather(gram[new], places, n, gathered)
+                scale = x.dtype.type(1 / length)
+                project(p, gathered[:n], inside, count, scale, along[count], alpha[:n])
+                energy -= step * step
                 moved += step * step
-            t += 1
-            n -= 1  # the last of the few takes its place
-            few[best] = few[n]
-            places[best] = places[n]
-        filled[row] = t
+                count += 1
+        k = indices.shape[1]
+        _finish(x[row], own, lower, along, count, slots, values[row])
 
 
 @numba.njit(nogil=True, cache=True, fastmath=True)
 @no_type_check
-def _orthogonalise(q, basis, t, square, inside, lower):
-    """Take q's part along the first t of the basis off, add it to `lower`; what is left, squared.
+def _look(correlation, gram, chosen, z, count, out):
+    """out = D x - G z, four atoms of the support at once."""
+    unit = out.dtype.type(1 / _ONE)
+    m = len(out)
+    for b in range(0, m, _SUM):
+        here = slice(b, min(m, b + _SUM))
+        part = out[here]
+        part[:] = correlation[here]
+        s = 0
+        while s + 4 <= count:
+            g0, g1 = gram[chosen[s], here], gram[chosen[s + 1], here]
+            g2, g3 = gram[chosen[s + 2], here], gram[chosen[s + 3], here]
+            z0, z1, z2, z3 = unit * z[s], unit * z[s + 1], unit * z[s + 2], unit * z[s + 3]
+            for i in range(len(part)):
+                part[i] -= (
+                    z0 * np.float32(g0[i]) + z1 * np.float32(g1[i])
+                    + z2 * np.float32(g2[i]) + z3 * np.float32(g3[i])
+                )  # fmt: skip
+            s += 4
+        while s < count:
+            g0, z0 = gram[chosen[s], here], unit * z[s]
+            for i in range(len(part)):
+                part[i] -= z0 * np.float32(g0[i])
+            s += 1
 
-    Once more where most was taken off: rounding left some of it (Giraud, Langou and others, 2005).
-    """
+
+@numba.njit(nogil=True, cache=True, fastmath=True)
+@no_type_check
+def _gather(row, places, n, out):
+    """A row of the Gram matrix at the first n places."""
+    for c in range(n):
+        out[c] = np.float32(row[places[c]]) / np.float32(_ONE)
+
+
+@numba.njit(nogil=True, cache=True, fastmath=True)
+@no_type_check
+def _inside(own, count, lower, square, inside):
+    """inside_t = <q_t, d> of the atom that stands behind the support; d's square without them."""
+    new = own[count]
     rest = square
-    lower[:t] = 0
-    for _ in range(2):
-        _inner(basis, q, t, inside)
+    for t in range(count):
+        inner = own.dtype.type(0)
+        for i in range(len(new)):
+            inner += own[t, i] * new[i]
         for s in range(t):
-            lower[s] += inside[s]
-            for j in range(len(q)):
-                q[j] -= inside[s] * basis[s, j]
-        before, rest = rest, q.dtype.type(0)
-        for j in range(len(q)):
-            rest += q[j] * q[j]
-        if rest > before / 2:
-            break
+            inner -= lower[t, s] * inside[s]
+        inside[t] = inner / lower[t, t]
+        rest -= inside[t] * inside[t]
     return rest
 
 
 @numba.njit(nogil=True, cache=True, fastmath=True)
 @no_type_check
-def _inner(rows, x, n, out):
-    """out[i] = <rows_i, x> of the first n rows, four at once."""
-    zero = x.dtype.type(0)
-    whole = n - n % 4
-    for i in range(0, whole, 4):
-        a, b, c, d = zero, zero, zero, zero
-        for j in range(len(x)):
-            a += rows[i, j] * x[j]
-            b += rows[i + 1, j] * x[j]
-            c += rows[i + 2, j] * x[j]
-            d += rows[i + 3, j] * x[j]
-        out[i], out[i + 1], out[i + 2], out[i + 3] = a, b, c, d
-    for i in range(whole, n):
-        a = zero
-        for j in range(len(x)):
-            a += rows[i, j] * x[j]
-        out[i] = a
+def _finish(x, own, lower, along, count, slots, values):
+    """Values on the support, and once more on what rounding left of x along it."""
+    left = x.copy()
+    for _ in range(2):
+        solve_transposed(lower, along, count)
+        for t in range(count):
+            values[slots[t]] += along[t]
+            for i in range(len(left)):
+                left[i] -= along[t] * own[t, i]
+        for t in range(count):
+            inner = left.dtype.type(0)
+            for i in range(len(left)):
+                inner += left[i] * own[t, i]
+            for s in range(t):
+                inner -= lower[t, s] * along[s]
+            along[t] = inner / lower[t, t]
 
 
 @numba.njit(nogil=True, cache=True)
@@ -316,39 +277,3 @@ def _greatest(values):
     for value in values:
         best = max(best, abs(value))
     return best
-
-
-@numba.njit(nogil=True, cache=True)
-@no_type_check
-def _without(places, n, taken):
-    """Take atoms out of the first n places; how many are left."""
-    kept = 0
-    for c in range(n):
-        there = False
-        for atom in taken:
-            there |= atom == places[c]
-        if not there:
-            places[kept] = places[c]
-            kept += 1
-    return kept
-
-
-@numba.njit(nogil=True, cache=True, fastmath=True)
-@no_type_check
-def _finish(x, unit, indices, basis, along, lower, values):
-    """Values on the supports, and once more on what rounding left of x along them."""
-    k = along.shape[1]
-    left = np.empty_like(x[0])
-    for row in range(len(x)):
-        used = 0
-        while used < k and lower[row, used, used] > 0:
-            used += 1
-        left[:] = x[row]
-        z = along[row]
-        for _ in range(2):
-            solve_transposed(lower[row], z, used)
-            for t in range(used):
-                values[row, t] += z[t]
-                for j in range(len(left)):
-                    left[j] -= z[t] * unit[indices[row, t], j]
-            _inner(basis[row], left, used, z)

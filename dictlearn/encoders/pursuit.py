@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Int16
 
 from dictlearn.codes import SparseCodes
 from dictlearn.dictionary import Dictionary
@@ -30,23 +30,23 @@ class UnitAtoms(eqx.Module):
       unit: atoms over their norms; over the greatest norm of all, for a pursuit that chooses by
         <r, d_i> as it is.
       norms: what they were divided by.
-      gram: their Gram matrix; None where a pursuit does without it.
+      gram: their Gram matrix; in 16 bits (encoders/omp_many.py), or None, where it is too large.
     """
 
     unit: Float[Array, "m d"]
     norms: Float[Array, " m"]
-    gram: Float[Array, "m m"] | None
+    gram: Float[Array, "m m"] | Int16[Array, "m m"] | None
     bias: Float[Array, " d"]
 
     @property
     def products(self) -> Float[Array, "m m"]:
-        """The Gram matrix, for a pursuit that always has it."""
+        """The Gram matrix, for a pursuit that always has an exact one."""
         assert self.gram is not None
         return self.gram
 
     def inner(self, one: Int[Array, " n"], others: Int[Array, "n k"]) -> Float[Array, "n k"]:
         """<d_one, d_other> of each row's atoms."""
-        if self.gram is not None:
+        if self.gram is not None and self.gram.dtype == self.unit.dtype:
             return self.gram[one[:, None], others]
         return jnp.einsum("nd,nkd->nk", self.unit[one], self.unit[others])
 
@@ -92,16 +92,16 @@ class AbstractPursuit(AbstractEncoder):
         if self.k is None and self.tolerance == 0:
             raise ValueError("k: neither k nor tolerance is given; nothing would stop the pursuit")
 
-    def needs_gram(self, atoms: Float[Array, "m d"]) -> bool:
-        """Whether it is made ready with the Gram matrix of the atoms."""
-        del atoms
-        return True
+    def gram(self, unit: Float[Array, "m d"]) -> Array | None:
+        """The Gram matrix that it is made ready with."""
+        return exact_gram(unit)
 
     def prepare(self, dictionary: Dictionary) -> PreparedPursuit:
         """Unit atoms and, mostly, their Gram matrix, at a cost of m^2 d."""
         self.capacity(*dictionary.atoms.shape)
-        gram = self.needs_gram(dictionary.atoms)
-        return PreparedPursuit(_unit_atoms(dictionary, self.normalised, gram), self)
+        atoms = unit_atoms(dictionary, normalised=self.normalised)
+        gram = self.gram(atoms.unit)
+        return PreparedPursuit(UnitAtoms(atoms.unit, atoms.norms, gram, atoms.bias), self)
 
 
 class PreparedPursuit(AbstractPrepared):
@@ -138,12 +138,19 @@ def on_one_cpu(x: Array) -> bool:
 
 
 @eqx.filter_jit
-def _unit_atoms(dictionary: Dictionary, normalised: bool, gram: bool) -> UnitAtoms:
+def unit_atoms(dictionary: Dictionary, *, normalised: bool = True) -> UnitAtoms:
+    """Without a Gram matrix."""
     norms = jnp.linalg.norm(dictionary.atoms, axis=1)
     if not normalised:
         norms = jnp.full_like(norms, norms.max())
     unit = dictionary.atoms / jnp.where(norms > 0, norms, 1)[:, None]
-    return UnitAtoms(unit, norms, unit @ unit.T if gram else None, dictionary.bias)
+    return UnitAtoms(unit, norms, None, dictionary.bias)
+
+
+@jax.jit
+def exact_gram(unit: Float[Array, "m d"]) -> Float[Array, "m m"]:
+    """All <d_i, d_j>."""
+    return unit @ unit.T
 
 
 @eqx.filter_jit

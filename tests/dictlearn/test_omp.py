@@ -1,5 +1,6 @@
 """OMP against scikit-learn, least squares and its own laws."""
 
+import os
 from collections.abc import Callable
 
 import equinox as eqx
@@ -19,16 +20,22 @@ from dictlearn.encoders.pursuit import PreparedPursuit, _encode_tiles
 SHAPES = [(700, 64, 32, 5), (1025, 48, 24, 8), (1100, 128, 16, 3), (200, 20, 20, 10)]
 
 
+def rough(prepared: PreparedPursuit) -> PreparedPursuit:
+    """As with more atoms than an exact Gram matrix fits for."""
+    gram = omp_many.rough_gram(prepared.atoms.unit)
+    return eqx.tree_at(lambda p: p.atoms.gram, prepared, gram)
+
+
 def without_gram(prepared: PreparedPursuit) -> PreparedPursuit:
-    """As with more atoms than a Gram matrix fits for."""
+    """As with more atoms than any Gram matrix fits for."""
     return eqx.tree_at(lambda p: p.atoms.gram, prepared, None)
 
 
 FORMS: dict[str, Callable[[PreparedPursuit, jax.Array], SparseCodes]] = {
     "one by one": PreparedPursuit.encode,
     "batched": lambda prepared, x: _encode_tiles(prepared, x, None),
-    "one by one, no gram": lambda prepared, x: without_gram(prepared).encode(x),
-    "batched, no gram": lambda prepared, x: _encode_tiles(without_gram(prepared), x, None),
+    "few at a time": lambda prepared, x: rough(prepared).encode(x),
+    "batched, no gram": lambda prepared, x: without_gram(prepared).encode(x),
 }
 
 
@@ -74,51 +81,50 @@ MANY = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("form", FORMS)
 def test_float64_equals_scikit_learn_on_10_000_problems(
-    encode: Encode, monkeypatch: pytest.MonkeyPatch
+    form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(omp_many, "_FEW", 1500)  # then it is exact
+    monkeypatch.setattr(omp_many, "_FEW", 1500)  # then nothing is left out
     rows = same = 0
     for seed, (n, m, d, k, common) in enumerate(MANY):
         x, atoms = problem(n, m, d, seed=seed)
         atoms = atoms + common * atoms[0]
         atoms /= np.linalg.norm(atoms, axis=1, keepdims=True)
         with jax.enable_x64(True):
-            ours = encode(x, atoms, k)[0]
+            ours = encoding(form)(x, atoms, k)[0]
         theirs = orthogonal_mp(atoms.T, x.T, n_nonzero_coefs=k).T
         rows += n
         same += np.isclose(ours, theirs, rtol=1e-9, atol=1e-11).all(axis=1).sum()
     assert rows == 10_000
-    assert same / rows >= 0.999
+    # With 16 bits to choose by, atoms that correlate alike may change places.
+    assert same / rows >= (0.998 if form == "few at a time" else 0.999)
 
 
 @pytest.mark.parametrize(("n", "m"), [(1, 511), (63, 1024), (65, 1025), (1023, 2100), (1025, 1023)])
-def test_kernel_and_batches_agree(n: int, m: int) -> None:
+def test_kernels_and_batches_agree(n: int, m: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever rows fill a tile or a thread's part, and atoms a block."""
+    monkeypatch.setattr(omp_many, "_FEW", m)
     x, atoms = problem(n, m, 40, seed=m)
     with jax.enable_x64(True):
-        codes = [
-            encoding(form)(x, atoms, 6)[0]
-            for form in FORMS
-            if m <= 256 or "one by one, " not in form
-        ]
-    for other in codes[1:]:
-        np.testing.assert_allclose(codes[0], other, atol=1e-10)
+        first, *others = (encoding(form)(x, atoms, 6)[0] for form in FORMS)
+    for form, other in zip([*FORMS][1:], others, strict=True):
+        same = np.isclose(first, other, rtol=1e-7, atol=1e-10).all(axis=1).mean()
+        # With 16 bits to choose by, atoms that correlate alike may change places.
+        assert same > 0.995 if form == "few at a time" else same == 1, form
 
 
 @pytest.mark.parametrize("normalised", [True, False])
 def test_many_atoms_leave_hardly_more_than_all_looked_at_in_every_round(
     *, normalised: bool
 ) -> None:
-    """4,000 atoms with a common direction and 64 dimensions, 192 of them at hand."""
+    """4,000 atoms with a common direction and 64 dimensions, 384 of them at hand."""
     x, atoms = problem(600, 4000, 64, seed=30)
     norms = np.random.default_rng(31).uniform(0.5, 2, (4000, 1))
     x, atoms = (x + 2 * atoms[0]).astype(np.float32), (norms * (atoms + 0.5 * atoms[0]))
     dictionary = Dictionary(jnp.asarray(atoms, jnp.float32), jnp.zeros(64))
     prepared = OMP(k=16, normalised=normalised).prepare(dictionary)
-    every, few = (
-        FORMS[form](prepared, jnp.asarray(x)) for form in ("batched", "one by one, no gram")
-    )
+    every, few = (FORMS[form](prepared, jnp.asarray(x)) for form in ("batched", "few at a time"))
     left = [np.linalg.norm(x - dictionary.decode(c), axis=1) for c in (every, few)]
     assert left[1].mean() == pytest.approx(left[0].mean(), rel=5e-3)
     same = (np.asarray(every.indices) == np.asarray(few.indices)).mean(axis=0)
@@ -133,7 +139,7 @@ def test_many_equal_atoms_beside_the_best() -> None:
     atoms = np.repeat(rng.standard_normal((1, 32)).astype(np.float32), 3000, axis=0)
     atoms[1700] = 3 * x[0] + better[0]
     dictionary = Dictionary(jnp.asarray(atoms), jnp.zeros(32))
-    codes = without_gram(OMP(k=3).prepare(dictionary)).encode(jnp.asarray(x))
+    codes = rough(OMP(k=3).prepare(dictionary)).encode(jnp.asarray(x))
     assert codes.indices[0, 0] == 1700
     assert int(codes.l0()[0]) == 2  # the copies count once
 
@@ -161,22 +167,35 @@ def test_gram_matrices_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     dictionary = Dictionary(jnp.asarray(atoms, jnp.float32), jnp.zeros(16))
     with_gram = OMP(k=4).prepare(dictionary)
     monkeypatch.setattr(omp, "_GRAM", 40 * 40 * 4 - 1)
+    in_16_bits = OMP(k=4).prepare(dictionary)
+    monkeypatch.setattr(os, "sysconf", lambda name: 1 if name == "SC_PAGE_SIZE" else 40 * 40)
     without = OMP(k=4).prepare(dictionary)
     assert with_gram.atoms.gram is not None
+    assert with_gram.atoms.gram.dtype == jnp.float32
+    assert in_16_bits.atoms.gram is not None
+    assert in_16_bits.atoms.gram.dtype == jnp.int16
     assert without.atoms.gram is None
     rows = jnp.asarray(x, jnp.float32)
-    np.testing.assert_allclose(
-        with_gram.encode(rows).dense(), without.encode(rows).dense(), atol=1e-4
-    )
+    for other in (in_16_bits, without):
+        np.testing.assert_allclose(
+            with_gram.encode(rows).dense(), other.encode(rows).dense(), atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("m", [1, 100, 511, 512, 1025])
+def test_a_gram_matrix_in_16_bits_is_that_of_the_atoms(m: int) -> None:
+    _, atoms = problem(1, m, 30, seed=36)
+    unit = jnp.asarray(atoms / np.linalg.norm(atoms, axis=1, keepdims=True), jnp.float32)
+    rough = np.asarray(omp_many.rough_gram(unit)) / 32767
+    np.testing.assert_allclose(rough, np.asarray(unit) @ np.asarray(unit).T, atol=2e-5)
 
 
 def test_the_number_of_threads_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     x, atoms = problem(700, 100, 24, seed=20)
     codes = []
     for count in (1, 2, 5):
-        for kernel in (omp_cpu, omp_many):
-            monkeypatch.setattr(kernel, "threads_at_hand", lambda count=count: count)
-        forms = ("one by one", "one by one, no gram")
+        monkeypatch.setattr(omp_cpu, "threads_at_hand", lambda count=count: count)
+        forms = ("one by one", "few at a time")
         codes.append([encoding(form)(x.astype(np.float32), atoms, 7)[0] for form in forms])
     np.testing.assert_array_equal(codes[0], codes[1])
     np.testing.assert_array_equal(codes[0], codes[2])

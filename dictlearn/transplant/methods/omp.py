@@ -14,7 +14,7 @@ from activations.terminal import UserError, progress
 from dictlearn.codes import SparseCodes
 from dictlearn.dictionary import Dictionary
 from dictlearn.encoders.omp import OMP
-from dictlearn.encoders.pursuit import PreparedPursuit, least_squares
+from dictlearn.encoders.pursuit import UnitAtoms, least_squares, unit_atoms
 from dictlearn.transplant.problem import Problem
 
 # Rows between two steps of the progress bar; and rows fitted at once when codes are cut.
@@ -65,7 +65,8 @@ class OMPMixing:
                 f"method.k: {self.k} is more than the {len(problem.donor):,} tokens that the "
                 "vocabularies share"
             )
-        prepared, targets = self._prepare(problem)
+        dictionary, targets = self._metric(problem)
+        prepared = OMP(k=self.k, normalised=self.normalised).prepare(dictionary)
         # Where no token is new, there are k slots all the same.
         indices, values = [np.empty((0, self.k), np.int32)], []
         with progress(total=len(targets), unit="token", desc="approximating") as bar:
@@ -78,9 +79,10 @@ class OMPMixing:
 
     def cut(self, problem: Problem, codes: SparseCodes) -> SparseCodes:
         """What `codes` gives for k from its own codes for a greater one: the pursuit is greedy."""
-        prepared, targets = self._prepare(problem)
+        dictionary, targets = self._metric(problem)
+        atoms = unit_atoms(dictionary)
         values = [
-            np.asarray(_fit(prepared, jnp.asarray(x), jnp.asarray(chosen)))
+            np.asarray(_fit(atoms, jnp.asarray(x), jnp.asarray(chosen)))
             for x, chosen in (
                 (targets[at : at + _CUT], codes.indices[at : at + _CUT, : self.k])
                 for at in range(0, len(targets), _CUT)
@@ -94,7 +96,8 @@ class OMPMixing:
         mean = anchors.mean(axis=0) if self.centre else np.zeros(anchors.shape[1], np.float32)
         return np.asarray(codes.decode(jnp.asarray(anchors - mean))) + mean
 
-    def _prepare(self, problem: Problem) -> tuple[PreparedPursuit, np.ndarray]:
+    def _metric(self, problem: Problem) -> tuple[Dictionary, np.ndarray]:
+        """Anchors and new tokens in the space in which residuals are measured."""
         anchors, targets = problem.donor, problem.targets
         if self.centre:
             mean = anchors.mean(axis=0)
@@ -102,8 +105,8 @@ class OMPMixing:
         if self.whiten:
             metric = _whitening(anchors)
             anchors, targets = anchors @ metric, targets @ metric
-        dictionary = Dictionary(jnp.asarray(anchors), jnp.zeros(anchors.shape[1], anchors.dtype))
-        return OMP(k=self.k, normalised=self.normalised).prepare(dictionary), targets
+        bias = jnp.zeros(anchors.shape[1], anchors.dtype)
+        return Dictionary(jnp.asarray(anchors), bias), targets
 
 
 def _whitening(x: np.ndarray) -> np.ndarray:
@@ -115,8 +118,7 @@ def _whitening(x: np.ndarray) -> np.ndarray:
 
 
 @jax.jit
-def _fit(prepared: PreparedPursuit, x: jax.Array, indices: jax.Array) -> jax.Array:
-    atoms = prepared.atoms
+def _fit(atoms: UnitAtoms, x: jax.Array, indices: jax.Array) -> jax.Array:
     values = least_squares(atoms, x, indices, jnp.ones(indices.shape, bool))
     return values / atoms.norms[indices]
 
