@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Annotated, ClassVar, Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 from pydantic import Field
 
@@ -71,7 +73,10 @@ class OMP(AbstractPursuit):
         """The kernel of dictlearn.encoders.omp_cpu, or that of omp_many."""
         if atoms.gram is None:
             return None
-        coder = omp_many.code_part if atoms.gram.dtype == jnp.int16 else omp_cpu.code_part
+        coder = omp_cpu.code_part
+        if atoms.gram.dtype == jnp.int16:
+            lengths = np.linalg.norm(np.asarray(atoms.unit), axis=1)
+            coder = functools.partial(omp_many.code_part, lengths)
         return omp_cpu.encode(coder, atoms, x, self.capacity(*atoms.unit.shape), self.tolerance)
 
     def gram(self, unit: Float[Array, "m d"]) -> Array | None:

@@ -1,6 +1,6 @@
 """Orthogonal matching pursuit on a CPU over so many atoms that a row cannot keep all correlations.
 
-The Gram matrix is held in 16 bits (steps of 3e-5: 4.3 GB for 46,000 atoms). It serves choices
+The atoms' cosines are held in 16 bits (steps of 3e-5: 4.3 GB for 46,000 atoms). They serve choices
 alone; what the values come from is computed from the atoms themselves.
 
 The form of dictlearn.encoders.omp_cpu takes m t multiplications in round t. Here a row works on the
@@ -44,9 +44,11 @@ _ONE = 32767
 
 @jax.jit
 def rough_gram(unit: Float[Array, "m d"]) -> Int16[Array, "m m"]:
-    """round(32767 <d_i, d_j>) of atoms not longer than 1, never held in another type."""
+    """round(32767 cos(d_i, d_j)) of atoms of any length, never held in another type."""
     m = len(unit)
     rows = min(_ROWS, m)
+    norms = jnp.linalg.norm(unit, axis=1, keepdims=True)
+    unit = unit / jnp.where(norms > 0, norms, 1)
 
     def fill(block: Array, gram: Array) -> Array:
         start = jnp.minimum(block * rows, m - rows)
@@ -58,6 +60,7 @@ def rough_gram(unit: Float[Array, "m d"]) -> Int16[Array, "m m"]:
 
 
 def code_part(
+    lengths: np.ndarray,
     unit: np.ndarray,
     gram: np.ndarray,
     tolerance: float,
@@ -66,17 +69,19 @@ def code_part(
     indices: np.ndarray,
     values: np.ndarray,
 ) -> None:
-    """Code some rows into `indices` and `values`; on a thread."""
+    """Code some rows into `indices` and `values`; on a thread. `lengths` are those of `unit`."""
     drift = unit.dtype.type(_DRIFT / np.sqrt(unit.shape[1]))
     few = min(_FEW, len(unit))
     epsilon = np.finfo(unit.dtype).eps
-    _code_rows(x, unit, gram, correlation, tolerance, epsilon, drift, few, indices, values)
+    _code_rows(
+        x, unit, lengths, gram, correlation, tolerance, epsilon, drift, few, indices, values
+    )
 
 
 @numba.njit(nogil=True, cache=True, fastmath=True)
 @no_type_check
 def _code_rows(
-    x, unit, gram, correlation, tolerance, epsilon, drift, few, indices, values
+    x, unit, lengths, gram, correlation, tolerance, epsilon, drift, few, indices, values
 ):  # fmt: skip
     """Rows x [n d] against atoms `unit`, not longer than 1."""
     d, k, m = x.shape[1], indices.shape[1], len(unit)
@@ -100,13 +105,15 @@ def _code_rows(
         while tried < k:
             z[:count] = along[:count]
             solve_transposed(lower, z, count)
-            _look(correlation[row], gram, chosen, z, count, every)
+            for s in range(count):
+                z[s] *= lengths[chosen[s]]
+            _look(correlation[row], lengths, gram, chosen, z, count, every)
             every[tries[:tried]] = 0  # or what rounding left of it
             n, left_out = _most(every, few, places, sizes, block_best)
             for c in range(n):
                 alpha[c] = every[places[c]]
             for s in range(count):
-                _gather(gram[chosen[s]], places, n, gathered)
+                _gather(gram[chosen[s]], lengths, chosen[s], places, n, gathered)
                 scale = one / lower[s, s]
                 project(p, gathered[:n], lower[s], s, scale, 0 * one, alpha[:n])
             moved = 0.0
@@ -150,7 +157,7 @@ def _code_rows(
                 lower[count, count] = length
                 along[count] = step
                 chosen[count], slots[count] = new, tried - 1
-                _gather(gram[new], places, n, gathered)
+                _gather(gram[new], lengths, new, places, n, gathered)
                 scale = x.dtype.type(1 / length)
                 project(p, gathered[:n], inside, count, scale, along[count], alpha[:n])
                 energy -= step * step
@@ -162,21 +169,21 @@ def _code_rows(
 
 @numba.njit(nogil=True, cache=True, fastmath=True)
 @no_type_check
-def _look(correlation, gram, chosen, z, count, out):
-    """out = D x - G z, four atoms of the support at once."""
+def _look(correlation, lengths, gram, chosen, z, count, out):
+    """out = D x - G z with z for atoms of length 1, four atoms of the support at once."""
     unit = out.dtype.type(1 / _ONE)
     m = len(out)
     for b in range(0, m, _SUM):
         here = slice(b, min(m, b + _SUM))
-        part = out[here]
-        part[:] = correlation[here]
+        part, length, whole = out[here], lengths[here], correlation[here]
+        part[:] = 0
         s = 0
         while s + 4 <= count:
             g0, g1 = gram[chosen[s], here], gram[chosen[s + 1], here]
             g2, g3 = gram[chosen[s + 2], here], gram[chosen[s + 3], here]
             z0, z1, z2, z3 = unit * z[s], unit * z[s + 1], unit * z[s + 2], unit * z[s + 3]
             for i in range(len(part)):
-                part[i] -= (
+                part[i] += (
                     z0 * np.float32(g0[i]) + z1 * np.float32(g1[i])
                     + z2 * np.float32(g2[i]) + z3 * np.float32(g3[i])
                 )  # fmt: skip
@@ -184,16 +191,19 @@ def _look(correlation, gram, chosen, z, count, out):
         while s < count:
             g0, z0 = gram[chosen[s], here], unit * z[s]
             for i in range(len(part)):
-                part[i] -= z0 * np.float32(g0[i])
+                part[i] += z0 * np.float32(g0[i])
             s += 1
+        for i in range(len(part)):
+            part[i] = whole[i] - length[i] * part[i]
 
 
 @numba.njit(nogil=True, cache=True, fastmath=True)
 @no_type_check
-def _gather(row, places, n, out):
-    """A row of the Gram matrix at the first n places."""
+def _gather(row, lengths, new, places, n, out):
+    """<d_new, d_i> at the first n places, from the new atom's row of cosines."""
+    scale = out.dtype.type(lengths[new] / _ONE)
     for c in range(n):
-        out[c] = np.float32(row[places[c]]) / np.float32(_ONE)
+        out[c] = scale * lengths[places[c]] * np.float32(row[places[c]])
 
 
 @numba.njit(nogil=True, cache=True, fastmath=True)

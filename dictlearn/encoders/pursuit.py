@@ -30,7 +30,8 @@ class UnitAtoms(eqx.Module):
       unit: atoms over their norms; over the greatest norm of all, for a pursuit that chooses by
         <r, d_i> as it is.
       norms: what they were divided by.
-      gram: their Gram matrix; in 16 bits (encoders/omp_many.py), or None, where it is too large.
+      gram: their Gram matrix; where it is too large, their cosines in 16 bits
+        (encoders/omp_many.py) or None.
     """
 
     unit: Float[Array, "m d"]

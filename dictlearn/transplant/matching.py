@@ -128,7 +128,11 @@ def _by_text(donor: Vocabulary, base: Vocabulary) -> _Pairs:
 
 
 def _by_bytes(donor: Vocabulary, base: Vocabulary) -> _Pairs:
-    """Single bytes go together with single bytes where both write them so."""
+    """Single bytes go together with single bytes where both write them so.
+
+    A byte that stands in, beside a token that is that byte, takes no row of the base's from it: no
+    text holds it, and of two tokens with one row a greedy model says the one with the lower id.
+    """
     plain, bytes_ = (
         {
             content: token
@@ -137,9 +141,12 @@ def _by_bytes(donor: Vocabulary, base: Vocabulary) -> _Pairs:
         }
         for fallback in (False, True)
     )
+    own = {content for token, content in donor.tokens.items() if token not in donor.fallback}
     for token, content in donor.tokens.items():
         first, second = (bytes_, plain) if token in donor.fallback else (plain, bytes_)
-        found = first.get(content, second.get(content))
+        found = first.get(content)
+        if found is None and not (token in donor.fallback and content in own):
+            found = second.get(content)
         if found is not None:
             yield token, found
 
