@@ -139,8 +139,10 @@ def read_manifest(path: Path) -> Manifest | None:
     Raises:
       StoreError: something else is there, or the manifest is damaged or of another schema.
     """
-    file = path / MANIFEST
+    file, taken = path / MANIFEST, False
     try:
+        # Looked at first: another process may put its manifest there meanwhile.
+        taken = path.is_dir() and any(map(_is_foreign, path.iterdir()))
         text = file.read_bytes().decode()
         table = json.loads(text)
         schema = table.get("schema") if isinstance(table, dict) else None
@@ -152,7 +154,7 @@ def read_manifest(path: Path) -> Manifest | None:
             )
         table = unseal(text)
     except (FileNotFoundError, NotADirectoryError):
-        if path.exists() and (not path.is_dir() or any(map(_is_foreign, path.iterdir()))):
+        if taken or path.is_file():
             raise StoreError(
                 f"{path}: is there, but is no store (it has no {MANIFEST}). Name another place."
             ) from None

@@ -512,6 +512,24 @@ def test_the_other_workers_take_over_where_one_dies_at_the_beginning(
     check_same(place, whole_short)
 
 
+@pytest.mark.parametrize("name", ["pathlib.Path.iterdir", "pathlib.Path.read_bytes"])
+def test_a_store_can_be_begun_while_another_worker_looks_for_it(
+    start: Start, short: dict[str, Any], whole_short: Path, tmp_path: Path, name: str
+) -> None:
+    place, begins, looks = tmp_path / "store", tmp_path / "begins", tmp_path / "looks"
+    config = short | {"store": str(place)}
+    one = start(config, "--worker", "1/2", first=gated(begins, "sequences._cut"))
+    wait_until(Path(f"{begins}.waits").exists)
+    two = start(config, "--worker", "2/2", first=gated(looks, name))
+    wait_until(Path(f"{looks}.waits").exists)
+    begins.touch()
+    one.ends(0)
+    looks.touch()
+    two.ends(0)
+    start("merge", str(place)).ends(0)
+    check_same(place, whole_short)
+
+
 def test_a_worker_is_one_process(
     start: Start, short: dict[str, Any], whole_short: Path, tmp_path: Path
 ) -> None:
