@@ -5,18 +5,33 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 import jaxtyping
 import pytest
 
+# Workers of pytest-xdist keep to cores of their own. Threads of XLA, Numba and torch that wait for
+# cores which other workers' threads hold made tests several times slower.
+worker = os.environ.get("PYTEST_XDIST_WORKER")
+if worker and hasattr(os, "sched_setaffinity"):  # Linux has it
+    cores = sorted(os.sched_getaffinity(0))
+    number, count = int(worker[2:]), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.sched_setaffinity(0, cores[number::count] or cores)
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jaxtyping.install_import_hook("dictlearn", "beartype.beartype")
 
 Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_compiled() -> Iterator[None]:
+    """A file's compiled programs go with it: each holds 2 MB, and there are thousands."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -183,10 +184,14 @@ def run(
     size = len(x) if "all rows" in solver.needs else size
     mesh = devices.mesh()  # test_devices runs this suite with eight
     state = devices.everywhere(state, mesh)
+
+    @functools.cache
+    def batch(start: int) -> Batch:
+        return batch_of(solver, devices.spread(x[start : start + size], mesh))
+
     for step in range(steps):
-        start = step * size % len(x)
-        batch = batch_of(solver, devices.spread(x[start : start + size], mesh))
-        state, info = solver.step(state, batch, key=jax.random.fold_in(KEY, step))
+        key = jax.random.fold_in(KEY, step)
+        state, info = solver.step(state, batch(step * size % len(x)), key=key)
         infos.append(info)
     return state, infos
 

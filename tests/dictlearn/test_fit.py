@@ -1,5 +1,6 @@
 """python -m dictlearn.fit: what a run holds, and what each user's mistake says."""
 
+import contextlib
 import errno
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import h5py
@@ -88,11 +90,44 @@ def typed(table: dict) -> FitConfig:
     return validate(FitConfig, json.loads(json.dumps(table, default=str)), "config")
 
 
-def command(*arguments: object, cwd: Path, **options: object) -> subprocess.CompletedProcess:
+def run_apart(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "dictlearn.fit", *map(str, arguments)],
-        cwd=cwd, capture_output=True, text=True, **options,
+        cwd=cwd, capture_output=True, text=True,
     )  # fmt: skip
+
+
+@pytest.fixture
+def command(here, monkeypatch, capsys):
+    """The same as `run_apart`, in this process, which has imported everything already."""
+
+    def run(*arguments: object) -> subprocess.CompletedProcess:
+        monkeypatch.setattr(sys, "argv", ["fit", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            fit.command()
+        said = capsys.readouterr()
+        return subprocess.CompletedProcess(arguments, ended.value.code, said.out, said.err)
+
+    return run
+
+
+@contextlib.contextmanager
+def endless(*arguments: object, cwd: Path, until: Callable[[], bool]) -> Iterator[subprocess.Popen]:
+    """A fit in a process of its own, which never ends; it has come as far as `until`."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "dictlearn.fit", *map(str, arguments), "--set", "fit.epochs=100000"],
+        cwd=cwd, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        try:
+            deadline = time.monotonic() + 300
+            while not until():
+                assert process.poll() is None, process.stderr.read()
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            yield process
+        finally:
+            process.kill()
 
 
 def assert_one_message(result: subprocess.CompletedProcess, *words: str) -> None:
@@ -220,15 +255,15 @@ def test_nan_stops_with_the_step(here, store):
 
 def test_summary_names_weights_control_and_sibling(here, store, quick):
     fit.fit(typed(config_table(store, solver=SAE)))
-    result = command(quick, cwd=here)
+    result = run_apart(quick, cwd=here)
     assert result.returncode == 0, result.stderr
     for words in ("a made model", "control: untrained rows", "topk sae (small-001)", "fvu_bulk"):
         assert words in result.stdout
 
 
-def test_dry_run_does_nothing(here, quick):
+def test_dry_run_does_nothing(here, quick, command):
     before = sorted(here.rglob("*"))
-    result = command(quick, "--dry-run", cwd=here)
+    result = command(quick, "--dry-run")
     assert result.returncode == 0, result.stderr
     assert sorted(here.rglob("*")) == before
     for words in ("960", "steps", "bytes on disk", "memory"):
@@ -255,33 +290,33 @@ BAD_CONFIGS = {
 
 
 @pytest.mark.parametrize("name", BAD_CONFIGS)
-def test_bad_configs(here, quick, name):
+def test_bad_configs(here, quick, name, command):
     overrides, words = BAD_CONFIGS[name]
     arguments = [a for o in overrides for a in ([o] if o.startswith("--") else ["--set", o])]
     before = sorted(here.rglob("*"))
-    assert_one_message(command(quick, *arguments, cwd=here), *words)
+    assert_one_message(command(quick, *arguments), *words)
     assert sorted(here.rglob("*")) == before
 
 
 def test_missing_config(here):
-    assert_one_message(command("absent.toml", cwd=here), "absent.toml", "no such config")
+    assert_one_message(run_apart("absent.toml", cwd=here), "absent.toml", "no such config")
 
 
-def test_toml_that_does_not_parse_shows_the_line(here):
+def test_toml_that_does_not_parse_shows_the_line(here, command):
     (here / "bad.toml").write_text('name = "x"\nseed = = 3\n')
-    assert_one_message(command("bad.toml", cwd=here), "line 2", "seed = = 3")
+    assert_one_message(command("bad.toml"), "line 2", "seed = = 3")
 
 
-def test_truncated_shard(here, store, quick):
+def test_truncated_shard(here, store, quick, command):
     shutil.copytree(store, here / "cut")
     shard = here / "cut" / "shard-00001.h5"
     os.truncate(shard, shard.stat().st_size - 100)
-    result = command(quick, "--set", "data.store=cut", cwd=here)
+    result = command(quick, "--set", "data.store=cut")
     assert_one_message(result, "shard-00001.h5", "manifest tells")
     assert not (here / "runs").exists()
 
 
-def test_a_flipped_bit_is_found_on_demand(here, store, quick):
+def test_a_flipped_bit_is_found_on_demand(here, store, quick, command):
     shutil.copytree(store, here / "flipped")
     with (here / "flipped" / "shard-00001.h5").open("r+b") as file:
         file.seek(file.seek(0, os.SEEK_END) // 2)
@@ -289,33 +324,33 @@ def test_a_flipped_bit_is_found_on_demand(here, store, quick):
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte ^ 1]))
     Store(here / "flipped")  # opening is cheap, and reads no rows
-    result = command(quick, "--verify", "--set", "data.store=flipped", cwd=here)
+    result = command(quick, "--verify", "--set", "data.store=flipped")
     assert_one_message(result, "1 of 5 files", "shard-00001.h5: is damaged")
     assert not (here / "runs").exists()
 
 
-def test_nan_row_is_named(here, quick):
+def test_nan_row_is_named(here, quick, command):
     make_store(here / "bad", bad_row=7)
-    result = command(quick, "--set", "data.store=bad", cwd=here)
+    result = command(quick, "--set", "data.store=bad")
     assert_one_message(result, "shard-00001.h5", "row 7", HOOK)
     assert not (here / "runs").exists()
 
 
-def test_a_named_output_is_not_overwritten_by_itself(here, quick):
+def test_a_named_output_is_not_overwritten_by_itself(here, quick, command):
     named = (quick, "--set", "output=mine")
-    assert command(*named, cwd=here).returncode == 0
+    assert command(*named).returncode == 0
     before = (here / "mine" / artifact.WEIGHTS).read_bytes()
-    assert_one_message(command(*named, cwd=here), "mine", "finished run", "--overwrite")
+    assert_one_message(command(*named), "mine", "finished run", "--overwrite")
     assert (here / "mine" / artifact.WEIGHTS).read_bytes() == before
-    assert command(*named, "--set", "seed=5", "--overwrite", cwd=here).returncode == 0
+    assert command(*named, "--set", "seed=5", "--overwrite").returncode == 0
     assert (here / "mine" / artifact.WEIGHTS).read_bytes() != before
     assert [p.name for p in here.iterdir() if "mine" in p.name] == ["mine"]
 
 
-def test_what_is_no_run_is_never_replaced(here, quick):
+def test_what_is_no_run_is_never_replaced(here, quick, command):
     (here / "precious").mkdir()
     (here / "precious" / "thesis.tex").write_text("years")
-    result = command(quick, "--set", "output=precious", "--overwrite", cwd=here)
+    result = command(quick, "--set", "output=precious", "--overwrite")
     assert_one_message(result, "precious", "not a run")
     assert (here / "precious" / "thesis.tex").read_text() == "years"
 
@@ -355,26 +390,22 @@ def interruptible():
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_interrupt_leaves_a_run_that_says_so(here, store, quick):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dictlearn.fit", str(quick), "--set", "fit.epochs=100000"],
-        cwd=here, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+def test_interrupt_leaves_a_run_that_says_so(here, store, quick, command):
     log = here / "runs" / "small-001" / "train.jsonl"
-    deadline = time.monotonic() + 120
-    while not (log.exists() and log.read_text().count("\n") > 3):
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=300)
+
+    def has_begun() -> bool:
+        return log.exists() and log.read_text().count("\n") > 3
+
+    with endless(quick, cwd=here, until=has_begun) as process:
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=300)
     assert process.returncode == 130
     assert "Traceback" not in errors
     assert "kept. Go on: python -m dictlearn.fit runs/small-001" in errors
     with pytest.raises(artifact.ArtifactError, match="unfinished: it is running, or was killed"):
         dictlearn.load(here / "runs" / "small-001")
     # The next fit goes elsewhere, and this one is never shown as a sibling.
-    assert command(quick, cwd=here).returncode == 0
+    assert command(quick).returncode == 0
     assert dictlearn.load(here / "runs" / "small-002").metrics["l0"] > 0
 
 
@@ -383,13 +414,13 @@ def test_two_fits_at_once_get_directories_of_their_own(here, quick):
         subprocess.Popen([sys.executable, "-m", "dictlearn.fit", str(quick)], cwd=here)
         for _ in range(2)
     ]
-    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    assert [process.wait(timeout=300) for process in both] == [0, 0]
     assert {path.name for path in (here / "runs").iterdir()} == {"small-001", "small-002"}
 
 
-def test_a_store_of_another_model_is_refused(here, store, quick):
+def test_a_store_of_another_model_is_refused(here, store, quick, command):
     table = {"model": "dir:elsewhere", "hooks": [HOOK], "corpus": {"kind": "python-docs"}}
-    result = command(quick, "--set", f"harvest={_inline(table)}", cwd=here)
+    result = command(quick, "--set", f"harvest={_inline(table)}")
     assert_one_message(result, "model", "dir:here", "dir:elsewhere")
 
 
@@ -403,19 +434,17 @@ def test_a_store_of_another_model_is_refused(here, store, quick):
         ({"context_length": 1}, ["harvest.context_length"]),
     ],
 )
-def test_bad_harvest_sections(here, quick, change, words):
+def test_bad_harvest_sections(here, quick, change, words, command):
     table = {"model": "dir:x", "hooks": [HOOK], "corpus": {"kind": "python-docs"}, **change}
-    assert_one_message(
-        command(quick, "--set", f"harvest={_inline(table)}", "--dry-run", cwd=here), *words
-    )
+    assert_one_message(command(quick, "--set", f"harvest={_inline(table)}", "--dry-run"), *words)
 
 
-def test_rows_of_one_document_cannot_be_split(here, quick):
+def test_rows_of_one_document_cannot_be_split(here, quick, command):
     made = make_store(here / "one")
     for shard in Store(made).manifest.shards:
         with h5py.File(made / shard.file, "r+") as file:
             file["document"][:] = 0
-    result = command(quick, "--set", "data.store=one", cwd=here)
+    result = command(quick, "--set", "data.store=one")
     assert_one_message(result, "document", "documents_are")
 
 
@@ -432,44 +461,40 @@ def test_jax_is_on_the_cpu_here_or_says_so(here, store):
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_two_fits_at_one_named_place(here, store, quick):
+def test_two_fits_at_one_named_place(here, store, quick, command):
     """The second is refused while the first runs; Ctrl-C keeps both what was and what is begun."""
     named = (quick, "--set", "output=mine", "--overwrite")
-    assert command(*named, cwd=here).returncode == 0
+    assert command(*named).returncode == 0
     before = (here / "mine" / artifact.WEIGHTS).read_bytes()
-    first = subprocess.Popen(
-        [sys.executable, "-m", "dictlearn.fit", *map(str, named), "--set", "fit.epochs=100000"],
-        cwd=here, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
     log = here / "mine" / "train.jsonl"
-    deadline = time.monotonic() + 120
-    while not ((here / ".mine.replaced").exists() and log.exists() and log.read_text()):
-        assert first.poll() is None, first.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    assert_one_message(command(*named, cwd=here), "another fit is writing")
-    first.send_signal(signal.SIGINT)
-    first.communicate(timeout=300)
+
+    def has_begun() -> bool:
+        return (here / ".mine.replaced").exists() and log.exists() and log.read_text() != ""
+
+    with endless(*named, cwd=here, until=has_begun) as first:
+        assert_one_message(command(*named), "another fit is writing")
+        first.send_signal(signal.SIGINT)
+        first.communicate(timeout=300)
     assert first.returncode == 130
     assert (here / ".mine.replaced" / artifact.WEIGHTS).read_bytes() == before
     assert (here / "mine" / artifact.CHECKPOINT).exists()
-    assert command(*named, cwd=here).returncode == 0  # begun anew
+    assert command(*named).returncode == 0  # begun anew
     assert dictlearn.load(here / "mine").metrics["l0"] > 0
     assert [path.name for path in here.iterdir() if "mine" in path.name] == ["mine"]
 
 
-def test_a_fit_that_stops_at_a_tolerance_alone(here, quick):
+def test_a_fit_that_stops_at_a_tolerance_alone(here, quick, command):
     setting = 'solver.encoder={name="omp", tolerance=0.3}'
-    done = command(quick, "--set", setting, cwd=here)
+    done = command(quick, "--set", setting)
     assert done.returncode == 0, done.stderr
     assert "as many a token as the tolerance takes" in done.stdout
     assert "OMP with the same tolerance" in done.stdout
     assert 0 < dictlearn.load(here / "runs" / "small-001").metrics["median_error"] < 0.3**2 * 1.5
 
 
-def test_a_run_can_be_fitted_again_from_its_own_config(here, quick):
-    assert command(quick, "--set", "output=mine", cwd=here).returncode == 0
-    assert command("mine/config.toml", "--set", "solver.encoder.k=1", cwd=here).returncode == 0
+def test_a_run_can_be_fitted_again_from_its_own_config(here, quick, command):
+    assert command(quick, "--set", "output=mine").returncode == 0
+    assert command("mine/config.toml", "--set", "solver.encoder.k=1").returncode == 0
     assert dictlearn.load(here / "runs" / "small-001").metrics["l0"] <= 1
 
 
