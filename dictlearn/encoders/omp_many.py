@@ -73,9 +73,7 @@ def code_part(
     drift = unit.dtype.type(_DRIFT / np.sqrt(unit.shape[1]))
     few = min(_FEW, len(unit))
     epsilon = np.finfo(unit.dtype).eps
-    _code_rows(
-        x, unit, lengths, gram, correlation, tolerance, epsilon, drift, few, indices, values
-    )
+    _code_rows(x, unit, lengths, gram, correlation, tolerance, epsilon, drift, few, indices, values)
 
 
 @numba.njit(nogil=True, cache=True, fastmath=True)

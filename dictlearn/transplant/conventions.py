@@ -23,6 +23,11 @@ _TOKENIZER = (
     "added_tokens.json", "*.tiktoken",
 )  # fmt: skip
 _TEMPLATE = "chat_template.jinja"
+# Settings that hold ids; and roles, which may be null. Strict classes refuse null of other ids.
+_IDS = re.compile(
+    r"_token_(ids?|index)$|suppress_tokens$|_words_ids$|^(sequence_bias|forced_decoder_ids)$"
+)
+_ROLE = re.compile(rf"^(forced_)?({'|'.join(ROLES)}|decoder_start)_token_id$")
 
 
 class Conventions:
@@ -45,16 +50,21 @@ class Conventions:
         """Write tokenizer, config.json, generation_config.json and chat template into `out`."""
         base, donor = self._matching.base.directory, self._matching.donor.directory
         config = self._renumbered(table(base / "config.json"))
-        holder = config.get("text_config", config)
+        holder = config.get("text_config") or config
         if "vocab_size" in config:
             config["vocab_size"] = rows
         holder["vocab_size"] = rows
+        for role in ("bos", "eos", "pad"):
+            if (key := f"{role}_token_id") not in holder:  # where the class has the same by itself
+                old = self._matching.base.roles.get(role)
+                holder[key] = None if old is None else self._renumbered_id(key, old)
         _write(out / "config.json", config)
+        generation: dict[str, Any] = {}
         if (base / "generation_config.json").exists():
-            held = self._renumbered(table(base / "generation_config.json"))
-            _write(out / "generation_config.json", held)
-        if not self._new(config.get("eos_token_id")) and holder.get("eos_token_id") is None:
-            self.warnings.append(
+            generation = self._renumbered(table(base / "generation_config.json"))
+            _write(out / "generation_config.json", generation)
+        if all(held.get("eos_token_id") is None for held in (config, holder, generation)):
+            self._warn(
                 "no token of the new vocabulary has the row of the base's end of text: generation "
                 "will not stop by itself. Name one under [overrides]"
             )
@@ -71,29 +81,43 @@ class Conventions:
         self._tokenizer_config(out, begins=bool(around[0]), ends=bool(around[1]))
         self._chat_template(out)
 
-    def _new(self, ids: Any) -> list[int]:
-        """Ids of the new vocabulary for one or several of the base's."""
-        one = [ids] if isinstance(ids, int) else ids or []
-        return [new for old in one for new in self.ids.get(old, [])]
+    def _warn(self, warning: str) -> None:
+        if warning not in self.warnings:
+            self.warnings.append(warning)
 
     def _renumbered(self, held: dict[str, Any]) -> dict[str, Any]:
-        """A config with ids of the new vocabulary; what has none there is left out."""
+        """A config with ids of the new vocabulary."""
         new: dict[str, Any] = {}
         for key, value in held.items():
-            if isinstance(value, dict):
-                new[key] = self._renumbered(value)
-            elif not re.search("_token_ids?$", key) or value is None:
-                new[key] = value
-            elif key == "pad_token_id" and "pad" in self._matching.donor.roles:
-                new[key] = self._matching.donor.roles["pad"]
-            elif ids := self._new(value):
-                several = isinstance(value, list) or (key == "eos_token_id" and len(ids) > 1)
-                new[key] = ids if several else ids[0]
+            if _IDS.search(key) and value is not None:
+                new[key] = self._renumbered_id(key, value)
             else:
-                self.warnings.append(
-                    f"{key} {value} of the base has no token in the new vocabulary"
-                )
+                new[key] = self._renumbered(value) if isinstance(value, dict) else value
         return new
+
+    def _renumbered_id(self, key: str, value: Any) -> Any:
+        """One or several ids in the new vocabulary; null, or -1 of one that is no role, for none.
+
+        The key stays: without it the model's class would put an id of its own there, which is some
+        other token of the new vocabulary.
+        """
+        if key == "pad_token_id" and "pad" in self._matching.donor.roles:
+            return self._matching.donor.roles["pad"]
+        ids: list[int] = []
+        for old in value if isinstance(value, list) else [value]:
+            new = self.ids.get(old, []) if isinstance(old, int) else []
+            if not new:
+                text = self._matching.base.text(old) if isinstance(old, int) else ""
+                self._warn(
+                    f"{key} {old}{f' ({text!r})' if text else ''} of the base has no token in the "
+                    "new vocabulary"
+                )
+            ids += new
+        if isinstance(value, list) or (key == "eos_token_id" and len(ids) > 1):
+            return ids or None
+        if ids:
+            return ids[0]
+        return -1 if isinstance(value, int) and not _ROLE.search(key) else None
 
     def _around(self) -> tuple[list[int], list[int]]:
         """Ids that the base's tokenizer puts before and behind a text, in the new vocabulary."""
@@ -106,7 +130,7 @@ class Conventions:
         before, behind = whole[: places[0]], whole[places[0] + len(plain) :]
         for token in (*before, *behind):
             if token not in self.ids:
-                self.warnings.append(
+                self._warn(
                     f"{base.text(token)!r}, which the base's tokenizer puts around every text, has "
                     "no token in the new vocabulary. Name one under [overrides]"
                 )
@@ -162,20 +186,23 @@ class Conventions:
         template = _template(base.directory)
         if template is None:
             if _template(donor.directory) is not None:
-                self.warnings.append(
-                    "the donor's chat template is left out: the base model has learned none"
-                )
+                self._warn("the donor's chat template is left out: the base model has learned none")
             return
-        for token in sorted(base.special, key=lambda token: -len(base.special[token])):
-            text = base.special[token]
-            if text in template:
-                if token in self.ids:
-                    template = template.replace(text, donor.text(self.ids[token][0]))
-                else:
-                    self.warnings.append(
-                        f"the chat template writes {text!r}, which is no token of the new "
-                        "vocabulary. Name one under [overrides]"
-                    )
+        words = {base.text(token): token for token in (*base.added, *base.special)}
+        written = [text for text in words if text in template and not text.isspace()]
+
+        def renamed(found: re.Match[str]) -> str:
+            if new := self.ids.get(words[found[0]]):
+                return donor.text(new[0])
+            self._warn(
+                f"the chat template writes {found[0]!r}, whose row no token of the new vocabulary "
+                "has. Name one under [overrides]"
+            )
+            return found[0]
+
+        if written:  # at once, longer ones first: a new name may be another's old one
+            every = "|".join(re.escape(text) for text in sorted(written, key=len, reverse=True))
+            template = re.sub(every, renamed, template)
         (out / _TEMPLATE).write_text(template, encoding="utf-8")
 
 

@@ -24,6 +24,7 @@ class Problem:
       new_bytes: what the new tokens stand for, [n]; a special token's is its text.
       split: the base's tokenizer: a text -> its tokens' places in `base`.
       pieces: the donor's tokenizer: a text -> its tokens as bytes.
+      tokens: what each token of the base stands for, by its place in `base`.
     """
 
     donor: np.ndarray
@@ -34,6 +35,7 @@ class Problem:
     new_bytes: list[bytes]
     split: Callable[[str], list[int]]
     pieces: Callable[[str], list[bytes]]
+    tokens: dict[int, bytes] = dataclasses.field(default_factory=dict)
 
     @property
     def anchors(self) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,9 @@ def show(output: Path, told: dict[str, Any]) -> None:
         _say(f"\nmethod   {told['method']['name']}{f' ({settings})' if settings else ''}")
     for warning in told["warnings"]:
         _say(f"warning: {warning}")
-    _say(f"\n{output} loads with AutoModelForCausalLM and AutoTokenizer. How good is it?")
-    _say(f"  python -m evals.transplant {output}")
+    _say(f"\n{output} loads with AutoModelForCausalLM and AutoTokenizer.")
+    if not told["identical"]:
+        _say(f"How good is it?\n  python -m evals.transplant {shlex.quote(str(output))}")
 
 
 def show_matching(told: dict[str, Any]) -> None:

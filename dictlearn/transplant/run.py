@@ -52,11 +52,14 @@ class Pair:
         the one makes up the other.
         """
         matching, donor, base = self.matching, self.matching.donor, self.matching.base
-        space = self.donor.read(self.donor.head if head and self.donor.head else self.donor.embed)
-        rows = np.concatenate(self._base(head=head), axis=1)
+        name = self.donor.head if head and self.donor.head else self.donor.embed
+        space = _finite(self.donor, name, donor)
+        rows = np.concatenate(
+            [_finite(self.base, name, base) for name in self.names(head=head)], axis=1
+        )
         own, other = matching.anchors.T
-        unseen = never_seen(space, donor, self.undertrained)[own]
-        unseen |= never_seen(rows, base, self.undertrained)[other]
+        unseen = never_seen(space, own, donor, self.undertrained)
+        unseen |= never_seen(rows, other, base, self.undertrained)
         own, other = own[~unseen], other[~unseen]
         if not len(own):
             raise UserError("undertrained: no shared token is left; choose a greater limit")
@@ -72,13 +75,8 @@ class Pair:
             ],
             split=base.encode,
             pieces=lambda text: [donor.bytes_of(token) for token in donor.encode(text)],
+            tokens=base.tokens,
         )
-
-    def _base(self, *, head: bool) -> list[np.ndarray]:
-        return [
-            matrix if matrix.ndim == 2 else matrix[:, None]
-            for matrix in map(self.base.read, self.names(head=head))
-        ]
 
     def names(self, *, head: bool) -> list[str]:
         """The base's tensors that a problem is about."""
@@ -123,7 +121,8 @@ def read_pair(
     """Two models and their tokens side by side; see TransplantConfig.
 
     Raises:
-      UserError: one cannot be read; a token has no row; they share no tokens.
+      UserError: one cannot be read; a token has no row; they share no tokens; the base has rows for
+        its tokens that cannot be made for others.
     """
     for role, directory in (("base", base), ("donor", donor)):
         if not directory.is_dir():
@@ -132,6 +131,11 @@ def read_pair(
                 "DIR` makes one of any model, e.g. of hf:NAME or gguf:FILE"
             )
     own, other = Weights(base), Weights(donor)
+    if name := own.beyond():
+        raise UserError(
+            f"{own.file(name)}: {name} holds something for every token, too, and only embedding "
+            "and output head can be remade for other tokens. Take another base"
+        )
     known = read_vocabulary(base)
     _check_rows(known, own, [*known.tokens])
     # Special tokens may be listed that the weights never had a row for.
@@ -160,6 +164,23 @@ def read_transplant(output: Path) -> tuple[Pair, TransplantConfig]:
     return read_pair(config.base, config.donor, config.overrides, config.undertrained), config
 
 
+def _finite(weights: Weights, name: str, vocabulary: Vocabulary) -> np.ndarray:
+    """A tensor with a row [v e] or a number [v 1] for each token.
+
+    Raises:
+      UserError: it holds NaN or infinity.
+    """
+    rows = weights.read(name).reshape(weights.rows, -1)  # [v] -> [v 1]
+    bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+    if len(bad):
+        raise UserError(
+            f"{weights.file(name)}: {name} holds NaN or infinity in {len(bad):,} of {len(rows):,} "
+            f"rows, first in row {bad[0]} (token {vocabulary.text(int(bad[0]))!r}). Fetch or "
+            "convert the model again"
+        )
+    return rows
+
+
 def _check_rows(vocabulary: Vocabulary, weights: Weights, tokens: list[int]) -> None:
     if missing := sorted(token for token in {*tokens} if token >= weights.rows):
         texts = ", ".join(repr(vocabulary.text(token)) for token in missing[:5])
@@ -180,24 +201,26 @@ def transplant(config: TransplantConfig) -> dict[str, Any]:
     output = config.output
     if output.exists():
         raise UserError(f"output: {output} is there already; name another place, or remove it")
+    pair = read_pair(config.base, config.donor, config.overrides, config.undertrained)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(output.with_name(f".{output.name}.lock"), timeout=0):
-            pair = read_pair(config.base, config.donor, config.overrides, config.undertrained)
-            with building(output) as place:
-                return _fill(place, pair, config)
+        lock = filelock.FileLock(output.with_name(f".{output.name}.lock"), timeout=0)
+        with lock, building(output) as place:
+            return _fill(place, pair, config)
     except filelock.Timeout:
         raise UserError(f"output: another transplant is writing {output}") from None
     except OSError as error:
-        raise UserError(f"output: {output} cannot be written ({error})") from None
+        # copytree tells of every file that it could not copy; one is enough.
+        why = error.args[0][0][-1] if isinstance(error, shutil.Error) else error
+        raise UserError(f"output: {output} cannot be written ({why}); nothing is left") from None
 
 
 def _fill(place: Path, pair: Pair, config: TransplantConfig) -> dict[str, Any]:
     """Write everything into `place`."""
     matching = pair.matching
     told: dict[str, Any] = {
-        "base": str(config.base),
-        "donor": str(config.donor),
+        "base": str(config.base.absolute()),
+        "donor": str(config.donor.absolute()),
         "method": dataclasses.asdict(config.method),
         "undertrained": config.undertrained,
         "overrides": config.overrides,
@@ -207,7 +230,9 @@ def _fill(place: Path, pair: Pair, config: TransplantConfig) -> dict[str, Any]:
     }
     place.mkdir()
     if matching.identical:
-        shutil.copytree(config.base, place, dirs_exist_ok=True)
+        # The output may lie inside of the base.
+        ours = shutil.ignore_patterns(f"{place.name}.tmp-*", f".{place.name}.lock")
+        shutil.copytree(config.base, place, ignore=ours, dirs_exist_ok=True)
         told["warnings"] = ["the tokenizers are the same: this is a plain copy of the base model"]
     else:
         conventions = Conventions(matching)
@@ -219,5 +244,6 @@ def _fill(place: Path, pair: Pair, config: TransplantConfig) -> dict[str, Any]:
         made = [config.method.rows(problem, config.seed) for problem in problems]
         pair.base.write(place, pair.tensors(problems, made))
         told["matching"]["undertrained"] = len(matching.anchors) - len(problems[0].places)
-    (place / REPORT).write_text(json.dumps(told, indent=1, default=str, ensure_ascii=False) + "\n")
+    report = json.dumps(told, indent=1, default=str, ensure_ascii=False)
+    (place / REPORT).write_text(report + "\n", encoding="utf-8")
     return told

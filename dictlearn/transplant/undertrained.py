@@ -10,8 +10,10 @@ from dictlearn.transplant.vocabulary import Vocabulary
 _NEVER = {0xC0, 0xC1, *range(0xF5, 0x100)}
 
 
-def never_seen(rows: np.ndarray, vocabulary: Vocabulary, limit: float) -> np.ndarray:
-    """Which rows [v e] of an embedding lie where those of tokens lie that no text holds [v].
+def never_seen(
+    rows: np.ndarray, tokens: np.ndarray, vocabulary: Vocabulary, limit: float
+) -> np.ndarray:
+    """Which tokens [a] have rows in an embedding [v e] where those lie of tokens no text holds [a].
 
     These are tokens of single bytes that UTF-8 does not use, and the rows that pad the matrix; a
     row is like them if its cosine with their mean is above `limit`, both without the mean row of
@@ -27,8 +29,9 @@ def never_seen(rows: np.ndarray, vocabulary: Vocabulary, limit: float) -> np.nda
     ]
     never += range(len(vocabulary), len(rows))
     if not never or limit == 1:
-        return np.zeros(len(rows), bool)
-    centred = rows - rows.mean(axis=0)
-    reference = centred[never].mean(axis=0)
+        return np.zeros(len(tokens), bool)
+    mean = rows.mean(axis=0)
+    reference = rows[never].mean(axis=0) - mean
+    centred = rows[tokens] - mean
     norms = np.linalg.norm(centred, axis=1) * np.linalg.norm(reference)
     return centred @ reference > limit * norms

@@ -42,6 +42,7 @@ class Vocabulary:
       special: the text of each special token, by id.
       fallback: ids of tokens that stand for a single byte where no other token does.
       roles: the ids of the special tokens that begin a text ("bos"), end it ("eos"), ...
+      added: ids of tokens that were added to the tokenizer and are no special ones.
     """
 
     directory: Path
@@ -50,6 +51,7 @@ class Vocabulary:
     special: dict[int, str]
     fallback: frozenset[int]
     roles: dict[str, int]
+    added: frozenset[int] = frozenset()
 
     def __len__(self) -> int:
         """One more than the greatest id."""
@@ -100,6 +102,9 @@ class Vocabulary:
 def read_vocabulary(directory: Path) -> Vocabulary:
     """The vocabulary of a Hugging Face directory.
 
+    Which tokens begin, end and pad a text, the model's configs say where the tokenizer's settings
+    do not. (Where those say null, there is none.)
+
     Raises:
       UserError: there is no tokenizer, it is damaged, or of a kind that is not understood.
     """
@@ -108,9 +113,9 @@ def read_vocabulary(directory: Path) -> Vocabulary:
         settings |= table(directory / name) if (directory / name).exists() else {}
     file = directory / "tokenizer.json"
     if file.exists():
-        kind, tokens, special, fallback = _from_json(file)
+        kind, tokens, special, fallback, added = _from_json(file)
     else:
-        kind, tokens, special, fallback = _from_tiktoken(directory, settings)
+        kind, tokens, special, fallback, added = _from_tiktoken(directory, settings)
     by_text = {text: token for token, text in special.items()}
     roles = {}
     for role in ROLES:
@@ -118,10 +123,32 @@ def read_vocabulary(directory: Path) -> Vocabulary:
         text = told.get("content") if isinstance(told, dict) else told
         if text in by_text:
             roles[role] = by_text[text]
-    return Vocabulary(directory, kind, tokens, special, fallback, roles)
+    # Configs often say that the token that ends texts begins them as well. As such it would be
+    # matched first, and nothing would be left for the other model's end of text.
+    roles |= {
+        role: token
+        for role, token in _roles_of_model(directory, special).items()
+        if f"{role}_token" not in settings and (role != "bos" or token != roles.get("eos"))
+    }
+    return Vocabulary(directory, kind, tokens, special, fallback, roles, added)
 
 
-_Parts = tuple[str, dict[int, bytes], dict[int, str], frozenset[int]]
+def _roles_of_model(directory: Path, special: dict[int, str]) -> dict[str, int]:
+    """Roles by the model's configs: older tokenizers, GPT-2's among them, name none themselves."""
+    files = [directory / name for name in ("config.json", "generation_config.json")]
+    configs = [table(file) for file in files if file.exists()]
+    configs += [config.get("text_config") or {} for config in configs]
+    roles: dict[str, int] = {}
+    for config in configs:
+        for role in ("bos", "eos", "pad"):
+            ids = config.get(f"{role}_token_id")
+            first = ids[0] if isinstance(ids, list) and ids else ids
+            if isinstance(first, int) and first in special:
+                roles.setdefault(role, first)
+    return roles
+
+
+_Parts = tuple[str, dict[int, bytes], dict[int, str], frozenset[int], frozenset[int]]
 
 
 def _from_json(file: Path) -> _Parts:
@@ -157,7 +184,7 @@ def _from_json(file: Path) -> _Parts:
         for text, token in texts.items()
         if kind == "sentencepiece" and _BYTE.fullmatch(text) and token in tokens
     )
-    return kind, tokens, special, fallback
+    return kind, tokens, special, fallback, frozenset(plain)
 
 
 def _kind(held: dict[str, Any]) -> str | None:
@@ -246,4 +273,4 @@ def _from_tiktoken(directory: Path, settings: dict[str, Any]) -> _Parts:
         raise UserError(f"{file}: is no tiktoken file, and there is no other. {_CONVERT}") from None
     added = settings.get("added_tokens_decoder", {})
     special = {int(token): entry["content"] for token, entry in added.items()}
-    return "tiktoken", tokens, special, frozenset()
+    return "tiktoken", tokens, special, frozenset(), frozenset()

@@ -26,6 +26,9 @@ _DTYPES: dict[str, Any] = {
 _EMBED = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.weight$")
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output)\.weight$")
 _BIAS = re.compile(_HEAD.pattern.replace("weight", "bias"))
+# What else holds a row or a number for every token, by its name; positions and layers aside.
+_ROWS = re.compile(r"^(?!.*(pos|rotary)).*(emb|wte|head|logit|vocab)", re.IGNORECASE)
+_NUMBERS = re.compile(r"^(?!.*(\.\d+\.|norm|ln_)).*bias$", re.IGNORECASE)
 _PIECE = 2**26  # bytes copied at once
 
 
@@ -50,8 +53,8 @@ class Weights:
       rows: of the embedding matrix: the vocabulary, and what it is padded to.
 
     Raises:
-      UserError: there are no weights that can be read so, one of their files is cut short, or the
-        embedding cannot be told.
+      UserError: there are no weights that can be read so, one of their files is cut short, the
+        embedding cannot be told, or the head has other rows.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -63,7 +66,33 @@ class Weights:
         self.embed = self._only(_EMBED, "the embedding")
         self.rows = self._tensors[self.embed].shape[0]
         self.head = None if self._tied() else self._only(_HEAD, "the output head")
+        if self.head is not None and self.shape(self.head)[0] != self.rows:
+            raise UserError(
+                f"{directory}: {self.embed} has {self.rows:,} rows and {self.head} "
+                f"{self.shape(self.head)[0]:,}; expected as many"
+            )
         self.bias = next((name for name in self._tensors if self._is_bias(name)), None)
+
+    @property
+    def text_config(self) -> dict[str, Any]:
+        """The part of config.json that is about the language model."""
+        return self.config.get("text_config") or self.config
+
+    def beyond(self) -> str | None:
+        """A tensor with something for every token that is neither embedding nor head, if any."""
+        known = {self.embed, self.bias, *self._twice()}
+        sizes = {self.rows} | {
+            size for key, size in self.text_config.items() if key.startswith("vocab_size")
+        }
+        for name, tensor in self._tensors.items():
+            pattern = _NUMBERS if len(tensor.shape) == 1 else _ROWS
+            if name not in known and {*tensor.shape[:1]} & sizes and pattern.match(name):
+                return name
+        return None
+
+    def file(self, name: str) -> Path:
+        """Where a tensor lies."""
+        return self._tensors[name].file
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor."""
@@ -82,7 +111,8 @@ class Weights:
             held = np.fromfile(
                 file, _DTYPES[tensor.dtype], (tensor.end - tensor.begin) // _size(tensor)
             )
-        return held.reshape(tensor.shape).astype(np.float32)
+        with np.errstate(over="ignore"):  # of a float64: becomes infinite
+            return held.reshape(tensor.shape).astype(np.float32, copy=False)
 
     def write(self, out: Path, new: dict[str, np.ndarray]) -> None:
         """The same files in `out` with other matrices, in the types that theirs had."""
@@ -110,7 +140,7 @@ class Weights:
           UserError: the config says so, but the files hold another head.
         """
         told = self.config.get("tie_word_embeddings")
-        told = self.config.get("text_config", {}).get("tie_word_embeddings", told)
+        told = self.text_config.get("tie_word_embeddings", told)
         own = self._twice()
         if told is None:
             return not own
@@ -210,7 +240,14 @@ def _write(file: Path, tensors: dict[str, _Tensor], new: dict[str, np.ndarray], 
             if name in new:
                 step = max(1, _PIECE // (4 * max(1, new[name][0].size)))
                 for at in range(0, len(new[name]), step):
-                    out.write(new[name][at : at + step].astype(_DTYPES[tensor.dtype]).tobytes())
+                    with np.errstate(over="ignore"):  # told below
+                        rows = new[name][at : at + step].astype(_DTYPES[tensor.dtype])
+                    if not np.isfinite(rows).all():
+                        raise UserError(
+                            f"{name}: a row that was made up is no number in {tensor.dtype}, the "
+                            "base's type. Take another method, or a base in BF16 or F32"
+                        )
+                    out.write(rows.tobytes())
                 seen(tensor.end - tensor.begin)
                 continue
             with tensor.file.open("rb") as source:

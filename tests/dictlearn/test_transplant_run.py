@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import itertools
 import json
 import os
 import shutil
@@ -18,6 +20,7 @@ import numpy as np
 import pytest
 import tomli_w
 
+from activations.files import Whole
 from activations.terminal import UserError, run_command
 from dictlearn.transplant import __main__ as command
 from dictlearn.transplant.config import TransplantConfig
@@ -146,7 +149,7 @@ def write_model(
     write_tokenizer(place, kind, own, SPECIAL[kind], config=settings, change=around(before, behind))
     tokenizer = raw(place)
     ids = {f"{role}_id": tokenizer.token_to_id(text) for role, text in roles.items()}
-    ids = {"pad_token_id": None} | ids
+    ids = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")) | ids
     ids.pop("unk_token_id", None)
     rows = tokenizer.get_vocab_size() + padding
     model_kind, config = configs(name, vocab_size=rows, tie_word_embeddings=tied, **ids)
@@ -385,6 +388,34 @@ def test_identical_tokenizers_make_a_plain_copy_and_say_so(make: Make, tmp_path:
         read_transplant(out)
 
 
+def test_a_plain_copy_may_lie_inside_of_the_base_and_is_said(
+    make: Make, tmp_path: Path, run_command: Any
+) -> None:
+    shutil.copytree(make("llama"), tmp_path / "base")
+    table = {"base": "base", "donor": str(make("llama", tied=True)), "output": "base/it's new"}
+    (tmp_path / "t.toml").write_text(tomli_w.dumps(table))
+    code, said, error = run_command("dictlearn.transplant", "t.toml", cwd=tmp_path)
+    assert code == 0, error
+    assert "plain copy" in said
+    assert "evals" not in said
+    names = {file.name for file in make("llama").iterdir()} | {"transplant.json"}
+    assert {file.name for file in (tmp_path / "base" / "it's new").iterdir()} == names
+
+
+def test_a_transplant_with_relative_paths_can_be_read_from_anywhere(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("llama", "gemma"):
+        shutil.copytree(make(name), tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    given = config_of(Path("llama"), Path("gemma"), Path("out"), method=Mean())
+    transplant(given)
+    monkeypatch.chdir("/")
+    pair, _ = read_transplant(tmp_path / "out")
+    assert pair.base.directory == tmp_path / "llama"
+    assert pair.donor.directory == tmp_path / "gemma"
+
+
 # Conventions.
 
 
@@ -418,13 +449,94 @@ def test_a_lost_end_of_text_is_told_and_an_override_names_one(make: Make, tmp_pa
     donor = make("gemma", roles={"bos_token": "<bos>"})
     told = transplant(config_of(base, donor, tmp_path / "lost"))
     assert any("will not stop by itself" in warning for warning in told["warnings"])
-    assert "eos_token_id" not in settings(tmp_path / "lost")
+    assert settings(tmp_path / "lost")["eos_token_id"] is None
     given = config_of(base, donor, tmp_path / "named", overrides={"<|user|>": "</s>"})
     told = transplant(given)
     assert not any("will not stop by itself" in warning for warning in told["warnings"])
     user = raw(donor).token_to_id("<|user|>")
     assert settings(tmp_path / "named")["eos_token_id"] == user
     assert loaded(tmp_path / "named")[1].eos_token == "<|user|>"
+
+
+def test_ids_that_are_lost_are_null_and_those_of_the_class_do_not_come_in(
+    make: Make, tmp_path: Path
+) -> None:
+    """Gemma's class has 0, 1 and 2 by itself; these are other tokens of the new vocabulary."""
+    base = tmp_path / "base"
+    shutil.copytree(make("gemma"), base)
+    user = raw(base).token_to_id("<|user|>")
+    held = {"eos_token_id": [1, user], "bos_token_id": [2], "pad_token_id": 0}
+    (base / "generation_config.json").write_text(json.dumps(held))
+    donor, out = make("llama", roles={}), tmp_path / "out"
+    told = transplant(config_of(base, donor, out))
+    config = transformers.AutoConfig.from_pretrained(out)
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (None, None, None)
+    generation = settings(out, "generation_config.json")
+    assert generation["eos_token_id"] == [raw(donor).token_to_id("<|user|>")]
+    assert generation["bos_token_id"] is generation["pad_token_id"] is None
+    for warning in ("bos_token_id 2 ('<bos>')", "eos_token_id 1 ('<eos>')", "pad_token_id 0"):
+        (one,) = [one for one in told["warnings"] if warning in one]
+        assert "has no token in the new vocabulary" in one
+    assert not any("will not stop by itself" in warning for warning in told["warnings"])
+    loaded(out)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_ids_that_a_config_leaves_out_are_those_of_the_tokenizers_roles(
+    nested: bool, make: Make, tmp_path: Path
+) -> None:
+    """They are so where they are the class's own: those of Gemma's are 0, 1 and 2."""
+    base = tmp_path / "base"
+    shutil.copytree(make("gemma"), base)
+    held = {key: value for key, value in settings(base).items() if not key.endswith("_token_id")}
+    held = {"eos_token_id": [1], "text_config": held} if nested else held
+    (base / "config.json").write_text(json.dumps(held))
+    (base / "generation_config.json").unlink()
+    donor, out = make("llama"), tmp_path / "out"
+    told = transplant(config_of(base, donor, out))
+    config = settings(out)
+    one = config["text_config"] if nested else config
+    ids = [raw(donor).token_to_id(text) for text in ("<s>", "</s>")]
+    assert [one["bos_token_id"], one["eos_token_id"], one["pad_token_id"]] == [*ids, None]
+    assert not nested or config["eos_token_id"] == ids[1:]
+    assert not any("will not stop by itself" in warning for warning in told["warnings"])
+
+
+def test_ids_in_other_settings_are_those_of_the_new_vocabulary_too(
+    make: Make, tmp_path: Path
+) -> None:
+    """Classes of models that read images do not take null for an id; -1 is no token's."""
+    base, donor, out = tmp_path / "base", make("gemma"), tmp_path / "out"
+    shutil.copytree(make("llama"), base)
+    old, new = (raw(one).token_to_id("<|user|>") for one in (base, donor))
+    lost = raw(base).token_to_id("<|end|>")
+    images = {"image_token_id": old, "image_token_index": lost, "mask_token_id": lost}
+    (base / "config.json").write_text(json.dumps(settings(base) | images))
+    held = {"suppress_tokens": [old, lost], "bad_words_ids": [[old]], "sequence_bias": {"x": 1.0}}
+    (base / "generation_config.json").write_text(json.dumps(held | {"top_k": 1}))
+    told = transplant(config_of(base, donor, out))
+    config = settings(out)
+    assert {key: config[key] for key in images} == {
+        "image_token_id": new, "image_token_index": -1, "mask_token_id": None,
+    }  # fmt: skip
+    assert settings(out, "generation_config.json") == {
+        "suppress_tokens": [new], "bad_words_ids": None, "sequence_bias": None, "top_k": 1,
+    }  # fmt: skip
+    for key in ("image_token_index", "mask_token_id", "suppress_tokens", "bad_words_ids"):
+        assert any(warning.startswith(f"{key} ") for warning in told["warnings"])
+
+
+def test_roles_that_only_the_models_configs_name_are_matched(make: Make, tmp_path: Path) -> None:
+    """As of GPT-2, whose tokenizer names no role."""
+    base, donor, out = tmp_path / "base", tmp_path / "donor", tmp_path / "out"
+    for name, place in (("llama", base), ("gemma", donor)):
+        shutil.copytree(make(name), place)
+        (place / "tokenizer_config.json").write_text("{}")
+    told = transplant(config_of(base, donor, out))
+    assert told["matching"]["role"]["examples"] == [["<bos>", "<s>"], ["<eos>", "</s>"]]
+    tokenizer = loaded(out)[1]
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<bos>", "<eos>")
+    assert tokenizer("the").input_ids[0] == settings(out)["bos_token_id"] == 2
 
 
 def test_an_end_of_text_that_is_an_ordinary_token_is_found(make: Make, tmp_path: Path) -> None:
@@ -508,6 +620,37 @@ def test_tokens_that_change_names_with_each_other_are_not_mixed_up(
     assert written == "<|user|> <eos> <|user|>"
 
 
+def test_a_token_that_takes_the_name_of_a_shorter_one_keeps_it(make: Make, tmp_path: Path) -> None:
+    """The base's <|user|> is called <eos> now, and its <eos> is called <|user|>."""
+    base = tmp_path / "base"
+    shutil.copytree(make("llama", padding=1, template="<|user|> <eos> <|user|>"), base)
+    made = raw(base)
+    made.add_special_tokens(["<eos>"])
+    made.save(str(base / "tokenizer.json"))
+    overrides = {"<eos>": "<|user|>", "<|user|>": "<eos>"}
+    transplant(config_of(base, make("gemma"), tmp_path / "out", method=Mean(), overrides=overrides))
+    written = (tmp_path / "out" / "chat_template.jinja").read_text()
+    assert written == "<eos> <|user|> <eos>"
+
+
+def test_added_tokens_of_a_template_that_are_no_special_ones_are_renamed_as_well(
+    make: Make, tmp_path: Path
+) -> None:
+    """Of two with one beginning the longer one is meant; what is white stands for itself."""
+    base, words = tmp_path / "base", ["<|im_start|>", "<|im_start|>a", "<|im_end|>", "\n\n"]
+    template = "<|im_start|>a\n\n<|im_start|><|im_end|>"
+    shutil.copytree(make("llama", padding=4, template=template), base)
+    made = raw(base)
+    made.add_tokens(words)
+    made.save(str(base / "tokenizer.json"))
+    overrides = {"<|user|>": "<|im_start|>", "<pad>": "<|im_start|>a"}
+    told = transplant(config_of(base, make("gemma"), tmp_path / "out", overrides=overrides))
+    written = (tmp_path / "out" / "chat_template.jinja").read_text()
+    assert written == "<pad>\n\n<|user|><|im_end|>"
+    (warning,) = [one for one in told["warnings"] if "chat template writes" in one]
+    assert "'<|im_end|>'" in warning
+
+
 def test_special_tokens_of_a_template_that_are_lost_are_told(make: Make, tmp_path: Path) -> None:
     base = make("llama", template="<|user|>{{ messages[0]['content'] }}<|end|>")
     told = transplant(config_of(base, make("gemma"), tmp_path / "out", method=Mean()))
@@ -585,6 +728,17 @@ def integers(file: Path) -> None:
     safetensors_torch.save_file(held, file, {"format": "pt"})
 
 
+def word_level(file: Path) -> None:
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    made.save(str(file))
+
+
+def with_tensors(directory: Path, **more: Any) -> None:
+    """A directory's weights with other tensors, or others beside them."""
+    held = tensors(directory) | {name.replace("__", "."): value for name, value in more.items()}
+    safetensors_torch.save_file(held, directory / WEIGHTS, {"format": "pt"})
+
+
 def no_embedding(file: Path) -> None:
     held = {key: value for key, value in tensors(file.parent).items() if "embed" not in key}
     safetensors_torch.save_file(held, file, {"format": "pt"})
@@ -607,6 +761,7 @@ WEIGHTS = "model.safetensors"
         ("config.json", lambda file: file.write_text("{"), "config.json: cannot be read"),
         ("tokenizer.json", Path.unlink, "holds no tokenizer.json"),
         ("tokenizer.json", cut, "tokenizer.json: cannot be read"),
+        ("tokenizer.json", word_level, "a WordLevel tokenizer whose tokens are written in a way"),
         ("tokenizer.json", more_tokens, "2 tokens have none ('surplus', 'more of it')"),
         (WEIGHTS, cut, "model.safetensors: is "),
         (WEIGHTS, cut_header, "cannot be read as safetensors"),
@@ -645,6 +800,103 @@ def test_an_untied_model_without_a_head_is_told(
     no_head(tmp_path / "broken" / WEIGHTS)
     given = {"base": tmp_path / "broken", "donor": make("gemma")}
     fails(given, "the output head cannot be told")
+
+
+@pytest.mark.parametrize("which", ["base", "donor"])
+def test_a_head_with_other_rows_than_the_embedding_is_told(
+    which: str, make: Make, tmp_path: Path, fails: Callable[..., str]
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(make("llama"), broken)
+    with_tensors(broken, lm_head__weight=torch.ones(3, 16))
+    given = {"base": make("gemma"), "donor": make("gemma")} | {which: broken}
+    fails(given, "rows and lm_head.weight 3; expected as many")
+
+
+@pytest.mark.parametrize("which", ["base", "donor"])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_numbers_that_are_none_are_told_with_their_token(
+    which: str, tied: bool, value: float, make: Make, tmp_path: Path, fails: Callable[..., str]
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(make("llama", tied=tied), broken)
+    key = EMBED["llama"] if tied else HEAD["llama"]
+    matrix, row = tensors(broken)[key], token(broken, " quick")
+    matrix[row, 7] = matrix[-1, 0] = value
+    with_tensors(broken, **{key: matrix})
+    said = fails({"base": make("gemma"), "donor": make("gemma")} | {which: broken}, str(broken))
+    place = f"{key} holds NaN or infinity in 2 of {len(matrix)} rows, first in row {row}"
+    assert f"{WEIGHTS}: {place} (token ' quick')" in said
+
+
+def test_a_bias_that_is_no_number_is_told(
+    make: Make, tmp_path: Path, fails: Callable[..., str]
+) -> None:
+    shutil.copytree(make("gptj"), tmp_path / "broken")
+    bias = tensors(tmp_path / "broken")["lm_head.bias"]
+    bias[5] = float("nan")
+    with_tensors(tmp_path / "broken", lm_head__bias=bias)
+    given = {"base": tmp_path / "broken", "donor": make("gemma")}
+    fails(given, f"lm_head.bias holds NaN or infinity in 1 of {len(bias)} rows, first in row 5")
+
+
+def test_a_row_that_does_not_fit_the_bases_type_is_told(
+    make: Make, tmp_path: Path, fails: Callable[..., str]
+) -> None:
+    """ " brown" is three times " the", and 65,504 the greatest number of 16 bits."""
+    base = tmp_path / "base"
+    shutil.copytree(make("llama", dtype="float16"), base)
+    matrix = tensors(base)[EMBED["llama"]]
+    matrix[token(base, " the"), 3] = 30000
+    with_tensors(base, **{EMBED["llama"]: matrix})
+    given = {"base": base, "donor": make("gemma"), "undertrained": 1}
+    given |= {"method": {"name": "omp", "k": 1}}
+    fails(given, "model.embed_tokens.weight: a row that was made up is no number in F16")
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "refused"),
+    [
+        ("model.embed_tokens_per_layer.weight", 4, True),  # as Gemma 3n's
+        ("model.layers.0.ffn.s_emb.weight", 4, True),
+        ("model.mtp_head.weight", 4, True),
+        ("final_logits_bias", 0, True),
+        ("model.embed_positions.weight", 4, False),
+        ("transformer.wpe.weight", 4, False),
+        ("model.layers.0.mlp.gate_proj.weight", 4, False),
+        ("model.layers.0.mlp.gate_proj.bias", 0, False),
+        ("model.final_layernorm.bias", 0, False),
+    ],
+)
+def test_what_else_has_a_row_for_every_token_is_told_by_its_name(
+    name: str, columns: int, refused: bool,
+    make: Make, tmp_path: Path, fails: Callable[..., str],
+) -> None:  # fmt: skip
+    odd = tmp_path / "odd"
+    shutil.copytree(make("llama"), odd)
+    shape = (len(tensors(odd)[EMBED["llama"]]), *([columns] if columns else []))
+    more = torch.full(shape, 0.25)
+    with_tensors(odd, **{name: more})
+    if refused:
+        fails({"base": odd, "donor": make("gemma")}, f"{WEIGHTS}: {name} holds something for every")
+    else:
+        transplant(config_of(odd, make("gemma"), tmp_path / "out", method=Mean()))
+        assert same(tensors(tmp_path / "out")[name], more)
+    # What a donor has beside its embedding is not read.
+    transplant(config_of(make("gemma"), odd, tmp_path / "other", method=Mean()))
+
+
+def test_a_matrix_for_a_part_of_the_vocabulary_is_told_by_the_config(
+    make: Make, tmp_path: Path, fails: Callable[..., str]
+) -> None:
+    """Gemma 3n's matrix for each layer has fewer rows than its embedding."""
+    shutil.copytree(make("llama"), tmp_path / "odd")
+    with_tensors(tmp_path / "odd", model__embed_tokens_per_layer__weight=torch.ones(200, 4))
+    held = settings(tmp_path / "odd") | {"vocab_size_per_layer_input": 200}
+    (tmp_path / "odd" / "config.json").write_text(json.dumps(held))
+    given = {"base": tmp_path / "odd", "donor": make("gemma")}
+    fails(given, "model.embed_tokens_per_layer.weight holds something for every token")
 
 
 @pytest.mark.parametrize(
@@ -701,6 +953,63 @@ def test_an_output_that_cannot_be_written_is_told(
     (tmp_path / "file").write_text("")
     given = {"base": make("llama"), "donor": make("gemma"), "output": tmp_path / "file" / "out"}
     fails(given, "cannot be written")
+
+
+@pytest.mark.parametrize(
+    ("donor", "place", "name", "call"),
+    [
+        ("gemma", Path, "write_text", 1),
+        ("gemma", Path, "write_text", 4),
+        ("gemma", shutil, "copyfile", 1),
+        ("gemma", Whole, "write", 1),
+        ("gemma", Whole, "write", 5),
+        ("gemma", os, "fsync", 1),
+        ("gemma", os, "replace", 2),
+        # Of these a plain copy is made.
+        ("llama", shutil, "copyfile", 1),
+        ("llama", shutil, "copyfile", 2),
+        ("llama", Path, "write_text", 1),
+        ("llama", os, "replace", 1),
+    ],
+)
+def test_a_full_disk_leaves_nothing_and_is_told_once(
+    donor: str, place: Any, name: str, call: int,
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    base, other = make("llama", shard="8KB"), make(donor)
+    calls, original = itertools.count(1), getattr(place, name)
+
+    def full(*args: Any, **options: Any) -> Any:
+        if next(calls) >= call:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return original(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, full)
+        with pytest.raises(UserError, match="cannot be written") as caught:
+            transplant(config_of(base, other, tmp_path / "out"))
+    assert next(calls) > call
+    said = str(caught.value)
+    assert said.count("No space left on device") == 1
+    assert said.endswith("; nothing is left")
+    assert not [file for file in tmp_path.iterdir() if file.name != ".out.lock"]
+
+
+@pytest.mark.parametrize("size", [16, 48])  # KiB: full in the tokenizer, in the weights
+def test_a_disk_that_is_really_full_is_told(
+    size: int, make: Make, tmp_path: Path, fails: Callable[..., str]
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a file system is not permitted here")
+    try:
+        given = {"base": make("llama"), "donor": make("gemma"), "output": disk / "out"}
+        fails(given | {"method": {"name": "mean"}}, "No space left on device")
+        assert [file.name for file in disk.iterdir()] == [".out.lock"]
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.fixture

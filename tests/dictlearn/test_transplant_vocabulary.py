@@ -116,6 +116,7 @@ def test_added_tokens_are_text_and_special_only_if_they_are_marked(
         assert read.tokens[token] == text.encode()
         assert token not in read.special
         assert token == read.tokenizer.token_to_id(text)
+    assert {read.text(token) for token in read.added} == {*added}
 
 
 def test_an_added_token_that_sentencepiece_has_itself_is_read_as_its_own(
@@ -160,6 +161,43 @@ def test_a_tokenizer_without_a_tokenizer_config_has_no_roles(
     read = read_vocabulary(tmp_path)
     assert read.roles == {}
     assert {*read.special.values()} == {*SPECIAL}
+
+
+IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+MODEL, ALL = {"config.json": IDS}, {"bos": 1, "eos": 2, "pad": 0}
+
+
+@pytest.mark.parametrize(
+    ("files", "named", "expected"),
+    [
+        (MODEL, {}, ALL),
+        ({"config.json": {"text_config": IDS}}, {}, ALL),
+        ({"generation_config.json": {"eos_token_id": 2}}, {}, {"eos": 2}),
+        # Of several the first; the model's own config goes before that of generation.
+        ({"config.json": {"eos_token_id": [2, 0]}}, {}, {"eos": 2}),
+        (MODEL | {"generation_config.json": {"eos_token_id": 0}}, {}, ALL),
+        # As GPT-2's, whose tokenizer names none: one token does all.
+        ({"config.json": {"bos_token_id": 2, "eos_token_id": 2}}, {}, {"bos": 2, "eos": 2}),
+        # What the tokenizer names goes first, also where it names nothing.
+        (MODEL, {"eos_token": "<unk>"}, {"bos": 1, "eos": 0, "pad": 0}),
+        (MODEL, {"bos_token": None}, {"eos": 2, "pad": 0}),
+        # A token that the tokenizer ends texts with does not begin them by a config's word.
+        ({"config.json": {"bos_token_id": 2}}, {"eos_token": "</s>"}, {"eos": 2}),
+        # No special tokens: an ordinary one, one that is not there, none, and nonsense.
+        ({"config.json": {"eos_token_id": 5, "bos_token_id": 10**6}}, {}, {}),
+        ({"config.json": {"eos_token_id": None, "bos_token_id": []}}, {}, {}),
+        ({"config.json": {"eos_token_id": "</s>", "text_config": None}}, {}, {}),
+    ],
+    ids=str,
+)
+def test_roles_that_a_tokenizer_does_not_name_are_read_from_the_models_configs(
+    files: dict[str, Any], named: dict[str, Any], expected: dict[str, int],
+    tmp_path: Path, write_tokenizer: Write,
+) -> None:  # fmt: skip
+    write_tokenizer(tmp_path, "byte-level", WORDS, SPECIAL, config=named)
+    for name, held in files.items():
+        (tmp_path / name).write_text(json.dumps(held))
+    assert read_vocabulary(tmp_path).roles == expected
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "sentencepiece", "unigram", "wordpiece"])
@@ -226,6 +264,7 @@ def test_kinds_that_are_not_understood_are_named_with_those_that_are(
     kind = json.loads((tmp_path / "tokenizer.json").read_text())["model"]["type"]
     assert kind in said
     assert "not understood" in said
+    assert "Name another model" in said
     assert "WordPiece" in said
 
 
