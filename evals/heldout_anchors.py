@@ -9,14 +9,24 @@ import numpy as np
 
 from dictlearn.metrics import bootstrap_mean
 from dictlearn.transplant.problem import Problem
+from evals.cuts import fewest
 
 
 def held_out(problem: Problem, count: int, *, seed: int) -> tuple[Problem, np.ndarray]:
-    """The same with `count` anchors, or half of them, as its only new tokens; their true rows."""
+    """The same with `count` anchors, or half of them, as its only new tokens; their true rows.
+
+    Its base's tokenizer lacks them: where it said one, there are the fewest others for its bytes.
+    """
     order = np.random.default_rng(seed).permutation(len(problem.donor))
     out = np.sort(order[: min(count, len(order) // 2)])
     hidden = {*problem.places[out].tolist()}
     kept = np.flatnonzero(~np.isin(problem.places, [*hidden]))  # two anchors may have one row
+    others = {content: place for place, content in problem.tokens.items() if place not in hidden}
+    instead = {
+        place: fewest(content, others)
+        for place, content in zip(problem.places.tolist(), problem.anchor_bytes, strict=True)
+        if place in hidden
+    }
     one = dataclasses.replace(
         problem,
         donor=problem.donor[kept],
@@ -24,8 +34,9 @@ def held_out(problem: Problem, count: int, *, seed: int) -> tuple[Problem, np.nd
         targets=problem.donor[out],
         anchor_bytes=[problem.anchor_bytes[place] for place in kept],
         new_bytes=[problem.anchor_bytes[place] for place in out],
-        # The base's tokenizer makes of such a text the one token that is to be found out.
-        split=lambda text: [token for token in problem.split(text) if token not in hidden],
+        split=lambda text: [
+            token for own in problem.split(text) for token in instead.get(own, [own])
+        ],
     )
     return one, problem.base[problem.places[out]]
 

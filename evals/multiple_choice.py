@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,9 @@ import numpy as np
 
 from activations.terminal import UserError, progress
 from evals.token_losses import token_nats
+
+# Read at once: tokens, and those of them whose logits are wanted (256 MiB of a vocabulary of 2^18).
+_TOKENS, _WANTED = 1024, 256
 
 
 def read_questions(file: Path, count: int, *, seed: int) -> list[dict[str, Any]]:
@@ -62,13 +65,18 @@ def accuracy(
     Raises:
       UserError: a choice has nothing before it to be predicted from.
     """
+    asked = [pair for one in questions for pair in _asked(one, encode, begin)]
+    sums = np.zeros(len(asked))
+    with progress(total=len(asked), unit="choice", desc=name or "questions") as bar:
+        for batch in _batches(asked):
+            sequences, first = zip(*(asked[one] for one in batch), strict=True)
+            sums[batch] = [-nats.sum() for nats in token_nats(model, sequences, first)]
+            bar.update(len(batch))
     right: list[list[bool]] = []
-    with progress(total=len(questions), unit="question", desc=name or "questions") as bar:
-        for one in questions:
-            sums = _log_likelihoods(model, one, encode, begin)
-            sizes = np.array([len(choice.encode()) for choice in one["choices"]])
-            right.append([sums.argmax() == one["gold"], (sums / sizes).argmax() == one["gold"]])
-            bar.update()
+    ends = np.cumsum([len(one["choices"]) for one in questions])
+    for one, own in zip(questions, np.split(sums, ends[:-1]), strict=True):
+        sizes = np.array([len(choice.encode()) for choice in one["choices"]])
+        right.append([own.argmax() == one["gold"], (own / sizes).argmax() == one["gold"]])
     table = np.array(right, float)
     mean = table.mean(axis=0)
     error = np.sqrt(mean * (1 - mean) / max(len(table) - 1, 1))
@@ -80,21 +88,39 @@ def accuracy(
     }  # fmt: skip
 
 
-def _log_likelihoods(
-    model: Any, one: dict[str, Any], encode: Callable[[str], list[int]], begin: list[int]
-) -> np.ndarray:
-    """Log p of each choice behind the query. A token that reaches over both is the choice's."""
+def _asked(
+    one: dict[str, Any], encode: Callable[[str], list[int]], begin: list[int]
+) -> list[tuple[list[int], int]]:
+    """Ids of the query with each choice, and at which of them the choice begins.
+
+    A token that reaches over both is the choice's.
+    """
     before = encode(one["query"])
-    sequences, first = [], []
+    asked = []
     for choice in one["choices"]:
         whole = encode(f"{one['query']} {choice}")
         pairs = enumerate(zip(before, whole, strict=False))
         same = next((place for place, (a, b) in pairs if a != b), len(before))
-        sequences.append([*begin, *whole])
-        first.append(len(begin) + min(same, len(whole) - 1))
-    if 0 in first:
+        asked.append(([*begin, *whole], len(begin) + min(same, len(whole) - 1)))
+    if any(first == 0 for _, first in asked):
         raise UserError(
             f"zero_shot: the query {one['query']!r} leaves no token before {one['choices']!r}, and "
             "the model's tokenizer puts none before a text; give longer queries"
         )
-    return -np.array([nats.sum() for nats in token_nats(model, sequences, first)])
+    return asked
+
+
+def _batches(asked: list[tuple[list[int], int]]) -> Iterator[list[int]]:
+    """Which are read at once: those of about one length, the longest first."""
+    batch: list[int] = []
+    wanted = longest = 0
+    for one in sorted(range(len(asked)), key=lambda one: -len(asked[one][0])):
+        ids, first = asked[one]
+        own = len(ids) - first
+        if batch and ((len(batch) + 1) * longest > _TOKENS or wanted + own > _WANTED):
+            yield batch
+            batch, wanted = [], 0
+        longest = longest if batch else len(ids)
+        batch.append(one)
+        wanted += own
+    yield batch

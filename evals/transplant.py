@@ -9,39 +9,39 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import numpy as np
-import torch
 from pydantic import Field, TypeAdapter
 from rich.console import Console
 
 from activations.config import read_toml, validate
 from activations.corpora import Corpus, PythonDocs
 from activations.files import replace_file, sha256
-from activations.huggingface import float32_weights, our_errors, quiet
 from activations.terminal import UserError, run_command
-from dictlearn.codes import SparseCodes
 from dictlearn.interop.files import table
 from dictlearn.transplant.config import Method
+from dictlearn.transplant.matching import Matching
 from dictlearn.transplant.methods.focus import Focus
-from dictlearn.transplant.methods.omp import OMPMixing
 from dictlearn.transplant.methods.wechsel import Wechsel
-from dictlearn.transplant.problem import Problem
 from dictlearn.transplant.run import REPORT, Pair, read_transplant
-from dictlearn.transplant.vocabulary import Vocabulary, read_vocabulary
+from evals.cuts import cut_as_donor
 from evals.heldout_anchors import held_out, score
 from evals.multiple_choice import accuracy, read_questions
-from evals.token_losses import losses
+from evals.speaker import Speaker
+from evals.token_losses import Losses, above, losses
+from evals.transplant_rows import Rows, label
+from evals.transplant_table import markdown
 
 _METHODS = {
     kind.__dataclass_fields__["name"].default: kind for kind in get_args(get_args(Method)[0])
 }
 _JSON, _MARKDOWN = "transplant.json", "transplant.md"
+_CUT = "base, cut as OUT"
+_FIGURES = 2  # those of another number are not comparable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,51 +93,13 @@ class EvalConfig:
         return [every[place][: self.characters].strip() for place in sorted(drawn)]
 
 
-@dataclasses.dataclass(frozen=True)
-class Speaker:
-    """A language model with a tokenizer, as a Hugging Face directory has them."""
-
-    model: Any
-    vocabulary: Vocabulary
-    begin: list[int]
-
-    @classmethod
-    def load(cls, directory: Path) -> Speaker:
-        """In float32, on the fastest device there is."""
-        with our_errors(str(directory)), quiet():
-            model = float32_weights(str(directory), directory, local_files_only=True)
-        vocabulary = read_vocabulary(directory)
-        whole = vocabulary.tokenizer.encode("a").ids
-        begin = list(itertools.takewhile(lambda token: token in vocabulary.special, whole))
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(model.to(device).eval(), vocabulary, begin)
-
-    def put(self, pair: Pair, tensors: dict[str, np.ndarray]) -> None:
-        """Have other rows in the embedding and the head."""
-        ends = {pair.base.embed: self.model.get_input_embeddings()}
-        head = self.model.get_output_embeddings()
-        for name, rows in tensors.items():
-            place = ends.get(name, head)
-            parameter = place.bias if name == pair.base.bias else place.weight
-            parameter.data = torch.from_numpy(rows).to(parameter)
-
-    def go_on(self, prompt: str, count: int) -> str:
-        """What it says next, greedily; the prompt is not repeated."""
-        ids = [*self.begin, *self.vocabulary.encode(prompt)]
-        x = torch.tensor([ids], device=self.model.device)
-        with quiet(), torch.inference_mode():
-            said = self.model.generate(x, max_new_tokens=count, do_sample=False)[0, len(ids) :]
-        return self.vocabulary.tokenizer.decode(said.tolist())
-
-
 def measure(speaker: Speaker, cfg: EvalConfig, name: str, kinds: dict[str, Any]) -> dict[str, Any]:
     """Figures that a model has by itself; `kinds` are ids whose losses are told apart."""
     vocabulary = speaker.vocabulary
     found = losses(
-        speaker.model, cfg.texts(), vocabulary.encode,
-        lambda token: len(vocabulary.bytes_of(token)), begin=speaker.begin,
-    )  # fmt: skip
-    told = found.bits_per_byte(seed=cfg.seed)
+        speaker.model, cfg.texts(), vocabulary.encode, vocabulary.bytes_of, begin=speaker.begin
+    )
+    told = _bits(found, cfg)
     told["tokens"] = {kind: found.of(ids) for kind, ids in kinds.items()}
     told["zero_shot"] = {
         file.stem: accuracy(
@@ -150,45 +112,16 @@ def measure(speaker: Speaker, cfg: EvalConfig, name: str, kinds: dict[str, Any])
     return told
 
 
-class Rows:
-    """What methods make up; a pursuit serves all that differ from it in k alone."""
-
-    def __init__(self, problems: list[Problem], methods: tuple[Method, ...], seed: int) -> None:
-        self.problems = problems
-        self._methods, self._seed = methods, seed
-        self._codes: dict[OMPMixing, list[SparseCodes]] = {}
-
-    def made(self, method: Method) -> list[np.ndarray]:
-        """A method's rows for each problem."""
-        if not isinstance(method, OMPMixing):
-            return [method.rows(problem, self._seed) for problem in self.problems]
-        alike = [
-            other.k
-            for other in self._methods
-            if isinstance(other, OMPMixing) and dataclasses.replace(other, k=method.k) == method
-        ]
-        longest = dataclasses.replace(method, k=max(alike, default=method.k))
-        if longest not in self._codes:
-            self._codes[longest] = [longest.codes(problem) for problem in self.problems]
-        return [
-            method.mix(problem, codes if method == longest else method.cut(problem, codes))
-            for problem, codes in zip(self.problems, self._codes[longest], strict=True)
-        ]
+def measure_cut(speaker: Speaker, cfg: EvalConfig, matching: Matching) -> dict[str, Any]:
+    """Bits per byte of the base, reading what OUT reads: tells what is lost to its cuts alone."""
+    bytes_of = speaker.vocabulary.bytes_of
+    encode = cut_as_donor(matching)
+    found = losses(speaker.model, cfg.texts(), encode, bytes_of, begin=speaker.begin)
+    return _bits(found, cfg)
 
 
-def label(method: Method) -> str:
-    """A method's name, with what is not as usual."""
-    return " ".join([method.name, *_unusual(method)])
-
-
-def _unusual(settings: Any) -> Iterator[str]:
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from _unusual(value)
-        elif field.name == "k" or value != field.default:
-            told = ",".join(map(str, value)) if isinstance(value, tuple) else value
-            yield f"{field.name}={told}"
+def _bits(found: Losses, cfg: EvalConfig) -> dict[str, Any]:
+    return found.bits_per_byte(seed=cfg.seed) | {"by_document": found.by_document()}
 
 
 def _required(kind: Any) -> list[str]:
@@ -213,6 +146,7 @@ def evaluate(out: Path, cfg: EvalConfig, results: Path) -> dict[str, Any]:
     settings = json.loads(
         json.dumps(dataclasses.asdict(dataclasses.replace(cfg, methods=())), default=str)
     ) | {
+        "figures": _FIGURES,
         "transplant": table(out / REPORT),
         "files": {str(file): sha256(file) for file in cfg.zero_shot},
     }
@@ -224,6 +158,11 @@ def evaluate(out: Path, cfg: EvalConfig, results: Path) -> dict[str, Any]:
     rows = held.setdefault("models", {})
     for name, told in _models(out, cfg, pair, made.method, rows):
         rows[name] = told
+        if own := rows.get(label(made.method)):
+            for other in rows.values():
+                if other is not own:
+                    apart = above(other["by_document"], own["by_document"], seed=cfg.seed)
+                    other["above_out"] = apart
         results.mkdir(parents=True, exist_ok=True)
         replace_file(results / _JSON, (json.dumps(held, indent=1) + "\n").encode())
     replace_file(results / _MARKDOWN, markdown(held).encode())
@@ -234,9 +173,13 @@ def _models(
     out: Path, cfg: EvalConfig, pair: Pair, own: Method, done: dict[str, Any]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Figures of the models that are not done: base, donor, OUT, then the other methods."""
-    for name, directory in (("base", pair.base.directory), ("donor", pair.donor.directory)):
-        if name not in done:
-            yield name, measure(Speaker.load(directory), cfg, name, {})
+    base, donor = pair.base.directory, pair.donor.directory
+    if "base" not in done:
+        yield "base", measure(Speaker.load(base), cfg, "base", {})
+    if _CUT not in done:
+        yield _CUT, measure_cut(Speaker.load(base), cfg, pair.matching)
+    if "donor" not in done:
+        yield "donor", measure(Speaker.load(donor), cfg, "donor", {})
     methods = tuple(dict.fromkeys((own, *cfg.methods)))
     left = [method for method in methods if label(method) not in done]
     if not left:
@@ -261,27 +204,6 @@ def _models(
             for guess, (one, true) in zip(guesses, apart, strict=True)
         ]
         yield label(method), told
-
-
-def markdown(held: dict[str, Any]) -> str:
-    """The table."""
-    sets = [Path(file).stem for file in held["settings"]["zero_shot"]]
-    head = ["", "bits per byte", "95 %", "nats, new", "nats, shared", "held-out cosine", "error"]
-    lines = [[*head, *sets], ["---"] * (len(head) + len(sets))]
-
-    def number(value: float | None, digits: int = 3) -> str:
-        return "" if value is None else f"{value:.{digits}f}"
-
-    for name, told in held["models"].items():
-        low, high = told["bits_per_byte_interval"]
-        kinds = [told["tokens"].get(kind, {}).get("nats") for kind in ("new", "shared")]
-        first = told.get("held_out", [{}])[0]
-        lines.append([
-            name, number(told["bits_per_byte"]), f"{low:.3f} to {high:.3f}", *map(number, kinds),
-            number(first.get("cosine")), number(first.get("error")),
-            *(number(told["zero_shot"][one]["acc_norm"]) for one in sets),
-        ])  # fmt: skip
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def main() -> None:
@@ -313,7 +235,7 @@ def main() -> None:
     console = Console(highlight=False, soft_wrap=True)
     console.print(markdown(held), markup=False)
     for name, told in held["models"].items():
-        for prompt, said in told["samples"].items():
+        for prompt, said in told.get("samples", {}).items():
             console.print(f"{name}: {prompt!r} -> {said!r}", markup=False)
     console.print(f"\nresults in {results}", markup=False)
 

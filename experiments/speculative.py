@@ -23,7 +23,8 @@ import torch
 from activations.corpora import Files
 from activations.terminal import UserError, progress, run_command
 from dictlearn.metrics import bootstrap_mean
-from evals.transplant import EvalConfig, Speaker
+from evals.speaker import Speaker
+from evals.transplant import EvalConfig
 
 
 @torch.inference_mode()

@@ -43,7 +43,7 @@ def bench_pursuit(
     drawn = np.random.default_rng(0).permutation(len(problem.targets))[:tokens]
     x, anchors = problem.targets[drawn], problem.donor
     dictionary = Dictionary(jnp.asarray(anchors), jnp.zeros(anchors.shape[1], anchors.dtype))
-    prepared = OMP(k=k).prepare(dictionary)
+    prepared = OMP(k=k, normalised=False).prepare(dictionary)
     left, names = {}, set()
 
     def norms(x_hat: np.ndarray | jax.Array, rows: np.ndarray) -> np.ndarray:

@@ -22,8 +22,9 @@ from activations.config import read_toml, validate
 from activations.terminal import run_command
 from dictlearn.transplant.run import read_transplant
 from dictlearn.transplant.weights import Weights
+from evals.speaker import Speaker
 from evals.token_losses import losses
-from evals.transplant import EvalConfig, Speaker
+from evals.transplant import EvalConfig
 
 
 def rows_beside(ours: Path, theirs: Path) -> dict[str, Any]:
@@ -54,8 +55,7 @@ def bits(directory: Path, cfg: EvalConfig, begin: list[int] | None) -> dict[str,
     speaker = Speaker.load(directory)
     vocabulary = speaker.vocabulary
     found = losses(
-        speaker.model, cfg.texts(), vocabulary.encode,
-        lambda token: len(vocabulary.bytes_of(token)),
+        speaker.model, cfg.texts(), vocabulary.encode, vocabulary.bytes_of,
         begin=speaker.begin if begin is None else begin,
     )  # fmt: skip
     return found.bits_per_byte(seed=cfg.seed) | {"begin": speaker.begin if begin is None else begin}

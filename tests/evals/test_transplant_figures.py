@@ -14,30 +14,41 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer, models, trainers
 
 from activations.terminal import UserError
 from dictlearn.transplant.methods.omp import OMPMixing
 from dictlearn.transplant.methods.plain import Mean, Random, Zero
 from dictlearn.transplant.methods.subwords import Subwords
 from dictlearn.transplant.problem import Problem
+from evals import multiple_choice
 from evals.heldout_anchors import held_out, score
 from evals.multiple_choice import accuracy, read_questions
-from evals.token_losses import Losses, losses, token_nats
+from evals.token_losses import Losses, above, losses, token_nats
 
 V = 60
 
 
-class Bigram:
+class Bigram(torch.nn.Module):
     """The interface of a language model whose next token depends on the last one alone."""
 
     device = torch.device("cpu")
 
     def __init__(self, logits: np.ndarray) -> None:
+        super().__init__()
         self.logits = torch.tensor(logits, dtype=torch.float32)
+        self.head = torch.nn.Linear(*self.logits.shape, bias=False)
+        self.head.weight.data = self.logits.T
+        self.read: list[tuple[int, ...]] = []
 
-    def __call__(self, x: torch.Tensor, *, logits_to_keep: torch.Tensor, use_cache: bool) -> Any:
+    def get_output_embeddings(self) -> torch.nn.Module:
+        return self.head
+
+    def forward(self, x: torch.Tensor, *, use_cache: bool) -> Any:
         assert not use_cache
-        return types.SimpleNamespace(logits=self.logits[x][:, logits_to_keep])
+        self.read.append(tuple(x.shape))
+        hidden = torch.nn.functional.one_hot(x, len(self.logits)).float()
+        return types.SimpleNamespace(logits=self.head(hidden))
 
     def log_p(self, before: int, token: int) -> float:
         row = self.logits[before].double()
@@ -54,7 +65,7 @@ def uniform(v: int) -> Bigram:
 
 @pytest.fixture(scope="module", params=["llama", "gemma2", "gpt2"])
 def model(request: pytest.FixtureRequest) -> Any:
-    """Real architectures; Gemma 2 squashes its logits, here hard enough to be seen."""
+    """Real architectures; Gemma 2 squashes its logits and looks back a little, so as to be seen."""
     common: dict[str, Any] = {
         "vocab_size": V, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
         "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
@@ -67,7 +78,7 @@ def model(request: pytest.FixtureRequest) -> Any:
     kinds = {
         "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**common)),
         "gemma2": lambda: transformers.Gemma2ForCausalLM(
-            transformers.Gemma2Config(**common, final_logit_softcapping=2.0)
+            transformers.Gemma2Config(**common, final_logit_softcapping=2.0, sliding_window=4)
         ),
         "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**gpt2)),
     }
@@ -91,9 +102,15 @@ def test_nats_are_those_of_the_models_own_logits_whatever_is_padded(
 ) -> None:
     rng = np.random.default_rng(len(sizes))
     sequences = [rng.integers(0, V, size).tolist() for size in sizes]
+    given: list[int] = []
+    head = model.get_output_embeddings()
+    hook = head.register_forward_hook(lambda _, inputs, __: given.append(inputs[0].numel()))
     found = token_nats(model, sequences, first)
+    hook.remove()
     assert [len(one) for one in found] == [a - b for a, b in zip(sizes, first, strict=True)]
+    assert given == [sum(map(len, found)) * head.weight.shape[1]]  # no place that is not wanted
     for nats, ids, begin in zip(found, sequences, first, strict=True):
+        # By a model that reads as ever again.
         np.testing.assert_allclose(nats, plain_nats(model, ids, begin), rtol=1e-4, atol=1e-5)
 
 
@@ -101,45 +118,120 @@ def encode(text: str) -> list[int]:
     return list(text.encode())
 
 
+def byte(token: int) -> bytes:
+    return bytes([token])
+
+
 @pytest.mark.parametrize("begin", [[], [7], [7, 8]])
 def test_bits_per_byte_are_those_of_a_count_by_hand(begin: list[int]) -> None:
-    lm, texts, sizes = bigram(), ["abca", "é", "x", ""], [1, 2, 5]
-    found = losses(lm, texts, encode, lambda token: sizes[token % 3], begin=begin)
-    nats, n_bytes, documents = 0.0, 0, []
+    lm, texts = bigram(), ["abca", "é", "x", ""]
+    found = losses(lm, texts, encode, byte, begin=begin)
+    nats, documents, of_document = 0.0, [], np.zeros(4)
     for document, text in enumerate(texts):
         ids = [*begin, *encode(text)]
         for place in range(max(1, len(begin)), len(ids)):
             nats -= lm.log_p(ids[place - 1], ids[place])
-            n_bytes += sizes[ids[place] % 3]
+            of_document[document] -= lm.log_p(ids[place - 1], ids[place]) / np.log(2)
             documents.append(document)
+    n_bytes = [4, 2, 1, 0] if begin else [3, 1, 0, 0]
     told = found.bits_per_byte(seed=0)
-    assert told["bits_per_byte"] == pytest.approx(nats / np.log(2) / n_bytes, rel=1e-5)
+    assert told["bits_per_byte"] == pytest.approx(nats / np.log(2) / sum(n_bytes), rel=1e-5)
     low, high = told["bits_per_byte_interval"]
     assert low <= told["bits_per_byte"] <= high
     assert found.document.tolist() == documents
     assert 2 in documents or not begin  # a token by itself is predicted from what begins a text
+    apart = found.by_document()
+    assert apart["bytes"] == n_bytes
+    assert apart["bits"] == pytest.approx(of_document, rel=1e-5)
 
 
-@pytest.mark.parametrize("begin", [[], [3]])
+TOKENS = {
+    1: b" the", 2: b"the", 3: b"\xc3", 4: b"\xa9", 5: b" dog", 6: b"<unk>", 7: b"straz", 8: b" ",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "ids", "whole", "behind"),
+    [
+        ("the dog", [2, 5], 7, 4),
+        ("the dog", [1, 5], 7, 4),  # the tokenizer puts a space before a text
+        ("the dog", [8, 2, 5], 7, 7),  # a token of its own, that is none of the text's
+        (" the dog", [1, 5], 8, 4),
+        ("é the", [3, 4, 1], 6, 5),
+        ("the 日本", [2, 6], 10, 7),  # an unknown word
+        ("STRAß dog", [7, 5], 10, 5),  # a normalised one
+        ("日", [6, 6], 3, 0),
+    ],
+)
+def test_bytes_are_the_texts_and_not_the_tokens(
+    text: str, ids: list[int], whole: int, behind: int
+) -> None:
+    lm = uniform(9)
+    for begin, n_bytes in (([0], whole), ([], behind)):
+        found = losses(lm, [text], lambda _: ids, TOKENS.__getitem__, begin=begin)
+        count = len(ids) - (not begin)
+        assert found.by_document()["bytes"] == [n_bytes]
+        assert found.by_document()["bits"] == pytest.approx([count * np.log2(9)])
+
+
 @pytest.mark.parametrize(("v", "size"), [(17, 3), (256, 1), (5, 4)])
-def test_a_uniform_model_needs_log_v_bits_a_token(v: int, size: int, begin: list[int]) -> None:
+def test_a_uniform_model_needs_log_v_bits_a_token(v: int, size: int) -> None:
     found = losses(
-        uniform(v), ["abcd", "xyzzy"], lambda text: [ord(one) % v for one in text],
-        lambda _: size, begin=begin,
+        uniform(v), ["abcd" * size, "xyzzy" * size], lambda text: [1] * (len(text) // size),
+        lambda _: b"a" * size, begin=[0],
     )  # fmt: skip
     told = found.bits_per_byte(seed=0)
     assert told["bits_per_byte"] == pytest.approx(np.log2(v) / size, rel=1e-6)
     assert told["bits_per_byte_interval"] == pytest.approx([np.log2(v) / size] * 2, rel=1e-6)
 
 
+def sums(bits: Any, n_bytes: Any) -> dict[str, Any]:
+    return {"bits": list(bits), "bytes": list(n_bytes)}
+
+
+def test_a_difference_is_of_ratios_of_sums_and_changes_its_sign_with_the_order() -> None:
+    one, other = sums([3.0, 8.0, 5.0], [2, 10, 3]), sums([1.0, 6.0, 9.0], [2, 11, 3])
+    told, back = above(one, other, seed=0), above(other, one, seed=0)
+    assert told["bits_per_byte"] == pytest.approx(16 / 15 - 16 / 16)
+    assert back["bits_per_byte"] == -told["bits_per_byte"]
+    low, high = told["bits_per_byte_interval"]
+    assert back["bits_per_byte_interval"] == pytest.approx([-high, -low])
+    assert above(one, one, seed=0)["bits_per_byte_interval"] == (0, 0)
+
+
+def test_what_documents_have_in_common_does_not_widen_a_difference() -> None:
+    """Documents far apart from each other, one model above the other by as much on each."""
+    rng = np.random.default_rng(0)
+    n_bytes = rng.integers(50, 500, 100)
+    bits = n_bytes * rng.uniform(0.1, 3, 100)
+    told = above(sums(bits + 0.25 * n_bytes, n_bytes), sums(bits, n_bytes), seed=0)
+    assert told["bits_per_byte_interval"] == pytest.approx([0.25, 0.25])
+    noise = rng.normal(0, 0.2, 100)
+    level = np.full(100, 100)
+    told = above(sums(bits + 100 * noise, level), sums(bits, level), seed=1)
+    low, high = told["bits_per_byte_interval"]
+    assert told["bits_per_byte"] == pytest.approx(noise.mean())
+    # A mean of differences has their standard error, 1.96 of it to each side.
+    assert high - low == pytest.approx(3.92 * noise.std() / 10, rel=0.1)
+
+
+def test_a_document_in_which_one_model_predicts_nothing_is_left_out_of_both() -> None:
+    one, other = sums([0.0, 2.0, 6.0], [0, 4, 2]), sums([50.0, 3.0, 4.0], [9, 5, 2])
+    told = above(one, other, seed=0)
+    assert told == above(sums([2.0, 6.0], [4, 2]), sums([3.0, 4.0], [5, 2]), seed=0)
+    assert told["bits_per_byte"] == pytest.approx(8 / 6 - 7 / 7)
+
+
 @pytest.mark.parametrize("texts", [[], [""], ["a", "", "b"]])
 def test_texts_without_a_token_to_predict_are_the_users_to_mend(texts: list[str]) -> None:
     with pytest.raises(UserError, match=f"not one of {len(texts)} texts"):
-        losses(bigram(), texts, encode, lambda _: 1, begin=[])
+        losses(bigram(), texts, encode, byte, begin=[])
 
 
 def test_losses_of_some_tokens_are_their_mean_and_none_of_none() -> None:
-    held = Losses(np.array([1.0, 2.0, 6.0, 3.0]), np.array([5, 9, 5, 4]), np.zeros(4), np.ones(4))
+    held = Losses(
+        np.array([1.0, 2.0, 6.0, 3.0]), np.array([5, 9, 5, 4]), np.zeros(4, int), np.array([9])
+    )
     assert held.of(np.array([5, 77])) == {"nats": 3.5, "share": 0.5, "n": 2}
     assert held.of(np.array([77])) == {"nats": None, "share": 0.0, "n": 0}
     assert held.of(np.array([], int)) == {"nats": None, "share": 0.0, "n": 0}
@@ -182,6 +274,38 @@ def test_a_choice_counts_by_its_tokens_and_by_those_that_reach_into_the_query(
         assert told[key] == pytest.approx(np.mean(hits))
         # The standard error of a mean, as numpy has it.
         assert told[f"{key}_stderr"] == pytest.approx(np.std(hits, ddof=1) / np.sqrt(30))
+
+
+@pytest.mark.parametrize(("tokens", "wanted"), [(1, 1), (40, 999), (999, 9), (64, 12)])
+def test_questions_are_read_together_within_limits_and_to_the_same_end(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, wanted: int
+) -> None:
+    rng = np.random.default_rng(1)
+    questions = [
+        {
+            "query": "q" * int(rng.integers(1, 20)),
+            "choices": ["".join(rng.choice([*"abc"], rng.integers(1, 12))) for _ in range(n)],
+            "gold": int(rng.integers(n)),
+        }
+        for n in rng.integers(1, 6, 25)
+    ]
+    lm = bigram(seed=2)
+    apart = [accuracy(lm, [one], encode, begin=[1]) for one in questions]
+    monkeypatch.setattr(multiple_choice, "_TOKENS", tokens)
+    monkeypatch.setattr(multiple_choice, "_WANTED", wanted)
+    lm.read.clear()
+    given: list[int] = []
+    lm.head.register_forward_hook(lambda _, inputs, __: given.append(inputs[0].shape[-2]))
+    told = accuracy(lm, questions, encode, begin=[1])
+    for key in ("right", "right_norm"):
+        assert told[key] == [one[key][0] for one in apart]
+        assert 0 < sum(told[key]) < 25
+    assert sum(rows for rows, _ in lm.read) == sum(len(one["choices"]) for one in questions)
+    assert all(rows == 1 or rows * length <= tokens for rows, length in lm.read)
+    assert all(rows == 1 or n <= wanted for n, (rows, _) in zip(given, lm.read, strict=True))
+    lengths = [length for _, length in lm.read]
+    assert lengths == sorted(lengths, reverse=True)
+    assert (max(rows for rows, _ in lm.read) > 1) == (tokens > 1)
 
 
 @pytest.mark.parametrize(("gold", "expected"), [(1, 1.0), (0, 0.0)])
@@ -312,6 +436,45 @@ def test_hidden_anchors_are_gone_from_all_that_a_method_sees(count: int, hidden:
     np.testing.assert_array_equal(Subwords().rows(one, 0), Mean().rows(one, 0))
     other = held_out(problem, count, seed=6)[0]
     assert held_out(problem, count, seed=5)[0].new_bytes == one.new_bytes != other.new_bytes
+
+
+def test_a_hidden_token_is_split_as_by_a_tokenizer_that_never_had_it() -> None:
+    """Beside the library's own tokenizer with the hidden tokens taken out of its file."""
+    bpe = Tokenizer(models.BPE())
+    words = "the then there other another mother brother bother both bath path that this"
+    bpe.train_from_iterator(
+        words.split() * 3, trainers.BpeTrainer(vocab_size=60, show_progress=False)
+    )
+    places = bpe.get_vocab()
+    contents = {place: text.encode() for text, place in places.items()}
+    anchors = [place for place in sorted(contents) if len(contents[place]) > 1]
+    base = np.random.default_rng(0).standard_normal((len(places), 6)).astype(np.float32)
+    problem = Problem(
+        donor=base[anchors], base=base, places=np.array(anchors), targets=base[:0],
+        anchor_bytes=[contents[place] for place in anchors], new_bytes=[],
+        split=lambda text: bpe.encode(text).ids, pieces=lambda text: [text.encode()],
+        tokens=contents,
+    )  # fmt: skip
+    same = []
+    for seed in range(20):
+        one, _ = held_out(problem, 5, seed=seed)
+        hidden = {content.decode() for content in one.new_bytes}
+        held = json.loads(bpe.to_str())
+        kept = {text: place for text, place in places.items() if text not in hidden}
+        merges = [(a, b) for a, b in held["model"]["merges"] if not {a, b, a + b} & hidden]
+        held["model"] |= {"vocab": kept, "merges": merges}
+        lacking = Tokenizer.from_str(json.dumps(held))
+        for row, content in zip(Subwords().rows(one, 0), one.new_bytes, strict=True):
+            parts, expected = one.split(content.decode()), lacking.encode(content.decode()).ids
+            assert b"".join(contents[place] for place in parts) == content
+            assert len(parts) <= len(expected)  # its merges do not always end with the fewest
+            np.testing.assert_allclose(row, base[parts].mean(axis=0), rtol=1e-5)
+            same.append(parts == expected)
+        whole = [*hidden, "t", *(contents[place].decode() for place in one.places)]
+        told = one.split("".join(whole))
+        assert b"".join(contents[place] for place in told) == "".join(whole).encode()
+        assert not {*told} & {places[text] for text in hidden}
+    assert np.mean(same) > 0.7
 
 
 def test_no_anchor_keeps_the_row_of_a_hidden_one() -> None:
