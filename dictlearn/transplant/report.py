@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+# Letters of the examples of one kind.
+_EXAMPLES = 60
 _CONSOLE = Console(highlight=False, soft_wrap=True, width=100)
 _TOLD = {
     "shared": "the same bytes",
@@ -51,10 +53,13 @@ def show_matching(told: dict[str, Any]) -> None:
 
 
 def _examples(examples: list[Any]) -> str:
-    told = [
-        " -> ".join(map(repr, one)) if isinstance(one, list) else repr(one) for one in examples[:4]
-    ]
-    return ", ".join(one for one in told if len(one) < 30)[:60]
+    """Those that fit into the line, each whole."""
+    line = ""
+    for one in examples:
+        told = " -> ".join(map(repr, one)) if isinstance(one, list) else repr(one)
+        longer = f"{line}, {told}" if line else told
+        line = longer if len(longer) <= _EXAMPLES else line
+    return line
 
 
 def _say(line: str) -> None:
