@@ -220,6 +220,7 @@ def test_a_document_in_which_one_model_predicts_nothing_is_left_out_of_both() ->
     told = above(one, other, seed=0)
     assert told == above(sums([2.0, 6.0], [4, 2]), sums([3.0, 4.0], [5, 2]), seed=0)
     assert told["bits_per_byte"] == pytest.approx(8 / 6 - 7 / 7)
+    assert above(other, one, seed=0)["bits_per_byte"] == -told["bits_per_byte"]
 
 
 @pytest.mark.parametrize("texts", [[], [""], ["a", "", "b"]])
