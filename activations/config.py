@@ -118,6 +118,8 @@ def _error_line(schema: dict[str, Any], item: Any, prefix: str) -> str:
             return f"{dotted}: expected a table with {item['ctx']['discriminator']}"
         case "missing":
             return f"{dotted}: missing, and it has no default"
+        case "dict_type" | "dataclass_type":
+            return f"{dotted}: expected a table, got {item['input']!r}"
         case _:
             message = re.sub(r"^\w+ should (be|have) ", "expected ", item["msg"])
             return f"{dotted}: {message}, got {item['input']!r}"

@@ -9,7 +9,7 @@ from activations.config import read_toml, validate
 from activations.terminal import run_command
 from dictlearn.transplant import report
 from dictlearn.transplant.config import TransplantConfig
-from dictlearn.transplant.run import read_pair, transplant
+from dictlearn.transplant.run import read_pair, transplant, warnings
 
 
 def main() -> None:
@@ -24,6 +24,7 @@ def main() -> None:
     if arguments.dry_run:
         matching = read_pair(config.base, config.donor, config.overrides).matching
         report.show_matching(matching.report())
+        report.show_warnings(warnings(matching))
         return
     report.show(config.output, transplant(config))
 

@@ -30,11 +30,16 @@ def show(output: Path, told: dict[str, Any]) -> None:
         method = {key: value for key, value in told["method"].items() if key != "name"}
         settings = ", ".join(f"{key} = {value}" for key, value in method.items())
         _say(f"\nmethod   {told['method']['name']}{f' ({settings})' if settings else ''}")
-    for warning in told["warnings"]:
-        _say(f"warning: {warning}")
+    show_warnings(told["warnings"])
     _say(f"\n{output} loads with AutoModelForCausalLM and AutoTokenizer.")
     if not told["identical"]:
         _say(f"How good is it?\n  python -m evals.transplant {shlex.quote(str(output))}")
+
+
+def show_warnings(warnings: list[str]) -> None:
+    """A line each."""
+    for warning in warnings:
+        _say(f"warning: {warning}")
 
 
 def show_matching(told: dict[str, Any]) -> None:

@@ -215,6 +215,13 @@ def transplant(config: TransplantConfig) -> dict[str, Any]:
         raise UserError(f"output: {output} cannot be written ({why}); nothing is left") from None
 
 
+def warnings(matching: Matching) -> list[str]:
+    """What to know of two tokenizers before anything is made."""
+    if matching.identical:
+        return ["the tokenizers are the same: the output is a plain copy of the base model"]
+    return digits.warnings(digits.schemes(matching.donor, matching.base))
+
+
 def _fill(place: Path, pair: Pair, config: TransplantConfig) -> dict[str, Any]:
     """Write everything into `place`."""
     matching = pair.matching
@@ -233,13 +240,13 @@ def _fill(place: Path, pair: Pair, config: TransplantConfig) -> dict[str, Any]:
         # The output may lie inside of the base.
         ours = shutil.ignore_patterns(f"{place.name}.tmp-*", f".{place.name}.lock")
         shutil.copytree(config.base, place, ignore=ours, dirs_exist_ok=True)
-        told["warnings"] = ["the tokenizers are the same: this is a plain copy of the base model"]
+        told["warnings"] = warnings(matching)
     else:
         conventions = Conventions(matching)
         conventions.write(place, pair.rows)
         told["matching"] = matching.report()
         told["digits"] = digits.schemes(matching.donor, matching.base)
-        told["warnings"] = [*conventions.warnings, *digits.warnings(told["digits"])]
+        told["warnings"] = [*conventions.warnings, *warnings(matching)]
         problems = pair.problems()
         made = [config.method.rows(problem, config.seed) for problem in problems]
         pair.base.write(place, pair.tensors(problems, made))

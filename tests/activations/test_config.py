@@ -47,6 +47,7 @@ def test_a_good_config_becomes_the_typed_one(path: Path) -> None:
     [
         # An unknown key names its nearest neighbour, also one that stands deeper.
         ("max_token=3", "max_token: unknown key. Did you mean max_tokens or "),
+        ("corpus=docs", "corpus: expected a table, got 'docs'"),
         ("path=['x']", "path: unknown key. Did you mean corpus.paths"),
         ("text_field='x'", "text_field: unknown key. Did you mean corpus.text_field"),
         ("corpus.text_feld='x'", "corpus.text_feld: unknown key. Did you mean corpus.text_field?"),

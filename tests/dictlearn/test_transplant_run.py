@@ -394,6 +394,8 @@ def test_a_plain_copy_may_lie_inside_of_the_base_and_is_said(
     shutil.copytree(make("llama"), tmp_path / "base")
     table = {"base": "base", "donor": str(make("llama", tied=True)), "output": "base/it's new"}
     (tmp_path / "t.toml").write_text(tomli_w.dumps(table))
+    _, said, _ = run_command("dictlearn.transplant", "t.toml", "--dry-run", cwd=tmp_path)
+    assert "plain copy" in said
     code, said, error = run_command("dictlearn.transplant", "t.toml", cwd=tmp_path)
     assert code == 0, error
     assert "plain copy" in said
