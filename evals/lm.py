@@ -53,8 +53,15 @@ class Forward:
         return [slice(at, at + size) for at in range(0, len(token), size)]
 
     @torch.inference_mode()
-    def logits(self, token: np.ndarray, x: np.ndarray) -> torch.Tensor:
-        """Logits [b c v] with x [b c d] in the place of what the hook sees."""
+    def logits(self, token: np.ndarray, x: np.ndarray, *, last: bool = False) -> torch.Tensor:
+        """Logits [b c v] with x [b c d] in the place of what the hook sees.
+
+        Arguments:
+          last: of the last position alone, [b 1 v]: the head costs most in a large vocabulary.
+        """
+        if last:
+            with self.bridge.hooks(fwd_hooks=[("unembed.hook_in", lambda x, hook: x[:, -1:])]):
+                return self.logits(token, x)
         device = self.bridge.cfg.device
         put = torch.from_numpy(np.ascontiguousarray(x, np.float32)).to(device)
         if self._next is not None:

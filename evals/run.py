@@ -29,7 +29,7 @@ from activations.store import SEQUENCES, Store
 from activations.terminal import UserError, run_command
 from dictlearn.artifact import Run
 from dictlearn.interop import load
-from evals import absorption, core, results, sae_probes, scr, sparse_probing, tpp
+from evals import absorption, core, results, sae_probes, scr, sparse_probing, steering, tpp
 from evals.results import Result
 
 
@@ -56,17 +56,20 @@ class EvalConfig:
     absorption: dict[str, Any] = dataclasses.field(default_factory=dict)
     scr: dict[str, Any] = dataclasses.field(default_factory=dict)
     tpp: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
-_WEIGHTS = (".safetensors", ".npz")
+    steering: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A dictionary, and where its activations come from; the model is loaded when it is needed."""
+    """A dictionary, and where its activations come from; the model is loaded when it is needed.
+
+    Attributes:
+      loaded: the model, where another dictionary's subject has it already.
+    """
 
     run: Run
     config: EvalConfig
+    loaded: Model | None = None
 
     @property
     def ours(self) -> bool:
@@ -92,7 +95,7 @@ class Subject:
                 f"{self.run.path}: is of the model {name}; name it with --set model=..., "
                 f"e.g. {models.KINDS['hf']}"
             )
-        model = models.load(spec)
+        model = self.loaded or models.load(spec)
         if self.ours:
             self.run.check_weights(model.identity.weights_sha256)
         return model
@@ -167,6 +170,7 @@ FAMILIES = {
     "absorption": _plain(absorption, absorption.FAMILY),
     "scr": _plain(scr, "scr"),
     "tpp": _plain(tpp, "tpp"),
+    "steering": _plain(steering, steering.FAMILY),
 }
 
 
@@ -186,6 +190,8 @@ def settings_of(subject: Subject, name: str, *, quick: bool) -> Any:
     cfg = validate(FAMILIES[name].config, table | {"hook": subject.hook}, "evals", f"{name}.")
     if sets := getattr(cfg, "sets", ()):
         cfg = dataclasses.replace(cfg, sets=tuple(one.pinned() for one in sets))
+    if one := getattr(cfg, "set", None):
+        cfg = dataclasses.replace(cfg, set=one.pinned())
     return cfg.quick() if quick else cfg
 
 
@@ -232,23 +238,63 @@ def _check_place(
 
 def show(found: dict[str, dict[str, Any]]) -> None:
     """The headline of every family."""
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    for title in ("family", "figure", "value", "95 %, or +- over seeds"):
-        table.add_column(title, no_wrap=True)
     console = Console(highlight=False, width=120)
+    table = _table("family", "figure", "value", "95 %, or +- over seeds")
     for name, envelope in found.items():
+        alike = _alike(envelope["eval_result_metrics"])
         for category, values in envelope["eval_result_metrics"].items():
-            for key, value in values.items():
-                if not re.search("_interval$|_seed_std$|_saebench(060)?$", key):
-                    ends, std = values.get(f"{key}_interval"), values.get(f"{key}_seed_std")
-                    told = "" if not ends or None in ends else f"{ends[0]:.4g} to {ends[1]:.4g}"
-                    told = told if std is None else f"+- {std:.2g}"
-                    shown = "null" if value is None else f"{value:.5g}"
-                    table.add_row(name, f"{category}.{key}", shown, told)
+            for key in _figures(values) if category not in alike else ():
+                ends, std = values.get(f"{key}_interval"), values.get(f"{key}_seed_std")
+                told = "" if not ends or None in ends else f"{ends[0]:.4g} to {ends[1]:.4g}"
+                told = told if std is None else f"+- {std:.2g}"
+                table.add_row(name, f"{category}.{key}", _number(values[key], 5), told)
     console.print(table)
     for name, envelope in found.items():
+        metrics = envelope["eval_result_metrics"]
+        if alike := _alike(metrics):
+            keys = [key for key in _figures(metrics[alike[0]])
+                    if any(metrics[one][key] is not None for one in alike)]  # fmt: skip
+            table = _table(name, *keys)
+            for one in alike:
+                table.add_row(one, *(_cell(metrics[one], key) for key in keys))
+            console.print()
+            console.print(table)
         if caveat := envelope["eval_result_unstructured"].get("caveat"):
             console.print(f"\n{name}: {caveat}")
+
+
+def _table(*titles: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for title in titles:
+        table.add_column(title, no_wrap=True)
+    return table
+
+
+def _alike(metrics: dict[str, dict[str, Any]]) -> list[str]:
+    """Categories that hold the same figures, of a family that compares three or more of them."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for category, values in metrics.items():
+        groups.setdefault(tuple(_figures(values)), []).append(category)
+    return next((group for group in groups.values() if len(group) > 2), [])
+
+
+def _figures(values: dict[str, Any]) -> list[str]:
+    """Keys of the headline: not those of an interval, a deviation, or SAEBench's own."""
+    return [
+        key for key in values
+        if not re.search("_interval$|_seed_std$|_saebench(060)?$", key)
+    ]  # fmt: skip
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "null" if value is None else f"{value:.{digits}g}"
+
+
+def _cell(values: dict[str, Any], key: str) -> str:
+    """A figure with its interval."""
+    ends = values.get(f"{key}_interval")
+    told = "" if not ends or None in ends else f" ({ends[0]:.2f} to {ends[1]:.2f})"
+    return f"{_number(values[key], 3)}{told}"
 
 
 def main() -> None:

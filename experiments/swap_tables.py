@@ -37,15 +37,17 @@ def grids(lines: list[Line], figure: str, against: str | None) -> list[Grid]:
         return {seed: value for seed, value in own.items() if value is not None}
 
     def mean(row: str, column: str) -> str:
-        return _mean(list(values(row, column, figure).values()), figure)
+        return shown_mean(list(values(row, column, figure).values()), figure)
 
     def difference(row: str, column: str) -> str:
         other = (against, column) if against in rows else (row, str(against))
         mine, theirs = values(row, column, figure), values(str(other[0]), other[1], figure)
-        return _difference([mine[seed] - theirs[seed] for seed in mine if seed in theirs], figure)
+        return shown_difference(
+            [mine[seed] - theirs[seed] for seed in mine if seed in theirs], figure
+        )
 
     def own(row: str, key: str) -> str:
-        return _mean(list(values(row, "own", key).values()), key)
+        return shown_mean(list(values(row, "own", key).values()), key)
 
     made = [_grid(f"{figure}, {size}", rows, columns, mean)]
     if "own" in columns:
@@ -75,14 +77,14 @@ def _digits(figure: str) -> int:
     return 1 if figure in ("l0", "seconds") else 4
 
 
-def _mean(values: Sequence[float], figure: str) -> str:
+def shown_mean(values: Sequence[float], figure: str) -> str:
     """Mean, and standard deviation where there are several."""
     digits = _digits(figure)
     mean = f"{statistics.fmean(values):.{digits}f}" if values else ""
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
-def _difference(values: Sequence[float], figure: str) -> str:
+def shown_difference(values: Sequence[float], figure: str) -> str:
     """Mean, its standard error, and the 95 % interval of Student's t, where there are several.
 
     Seeds split the same documents anew, so that their figures are not independent: the interval

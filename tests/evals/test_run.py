@@ -248,3 +248,20 @@ def test_the_command(ours: Path, run_command: Command, tmp_path: Path) -> None:
     code, _, errors = run_command("evals.run", tmp_path)
     assert code == 2
     assert "no run there" in errors
+
+
+def test_categories_with_the_same_figures_stand_side_by_side(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def figures(score: float | None) -> dict[str, Any]:
+        ends = None if score is None else [score - 0.1, score + 0.1]
+        return {"score": score, "score_interval": ends, "judge_score": None, "effect": 0.5}
+
+    metrics = {"feature": figures(0.25), "probe": figures(0.75), "pca": figures(None)}
+    metrics["other"] = {"share": 0.125}
+    run.show({"steering": {"eval_result_metrics": metrics, "eval_result_unstructured": {}}})
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["steering", "other.share", "0.125"] in lines
+    assert ["steering", "score", "effect"] in lines  # what is null for all has no column
+    assert ["feature", "0.25", "(0.15", "to", "0.35)", "0.5"] in lines
+    assert ["pca", "null", "0.5"] in lines
