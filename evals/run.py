@@ -29,7 +29,7 @@ from activations.store import SEQUENCES, Store
 from activations.terminal import UserError, run_command
 from dictlearn.artifact import Run
 from dictlearn.interop import load
-from evals import absorption, core, results, sae_probes, scr, sparse_probing, steering, tpp
+from evals import absorption, core, ioi, results, sae_probes, scr, sparse_probing, steering, tpp
 from evals.results import Result
 
 
@@ -57,6 +57,7 @@ class EvalConfig:
     scr: dict[str, Any] = dataclasses.field(default_factory=dict)
     tpp: dict[str, Any] = dataclasses.field(default_factory=dict)
     steering: dict[str, Any] = dataclasses.field(default_factory=dict)
+    ioi: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +172,7 @@ FAMILIES = {
     "scr": _plain(scr, "scr"),
     "tpp": _plain(tpp, "tpp"),
     "steering": _plain(steering, steering.FAMILY),
+    "ioi": _plain(ioi, ioi.FAMILY),
 }
 
 
