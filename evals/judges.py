@@ -112,7 +112,7 @@ class Judge:
         """What `ask` would take."""
         asked = [
             prompt for prompt in dict.fromkeys(prompts)
-            if not self._file(prompt, max_tokens).exists()
+            if self._load(self._file(prompt, max_tokens)) is None
         ]  # fmt: skip
         tokens_in = -(-sum(map(len, asked)) // _CHARACTERS_A_TOKEN)
         tokens_out = max_tokens * len(asked)
@@ -134,7 +134,7 @@ class Judge:
                 came()
         except UserError as error:
             pool.shutdown(cancel_futures=True)  # those under way may still come, and are kept
-            kept = sum(self._file(prompt, max_tokens).exists() for prompt in prompts)
+            kept = sum(self._load(self._file(p, max_tokens)) is not None for p in prompts)
             raise UserError(
                 f"{self.name}: {error}. {kept} of {len(prompts)} answers came and are kept; the "
                 "same command goes on from there"

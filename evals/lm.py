@@ -35,7 +35,7 @@ class Forward:
         self._reader = HookReader(self.bridge, (hook,))
         self.width = self._reader.widths[hook]
         config: Any = self.bridge.cfg
-        self._next = _next_block(hook, config.n_layers)
+        self._next = next_block(hook, config.n_layers)
         self._rows = max(1, _LOGITS // (4 * config.d_vocab))
 
     @property
@@ -85,7 +85,7 @@ class Forward:
         return norm(put[None])[0].float().cpu().numpy()
 
 
-def _next_block(hook: str, n_layers: int) -> int | None:
+def next_block(hook: str, n_layers: int) -> int | None:
     """The first block that reads the residual stream at a hook; None where it is another hook."""
     found = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", hook)
     if found is None:

@@ -378,7 +378,7 @@ def test_two_at_once_pay_once(server: Server) -> None:
 # Estimates and settings.
 
 
-def test_an_estimate_counts_what_is_not_kept(server: Server) -> None:
+def test_an_estimate_counts_what_is_not_kept(server: Server, folder: Path) -> None:
     judge = endpoint(server, price_in=2.0, price_out=8.0).open()
     prompts = ["x" * 400, "y" * 400, "y" * 400]
     told = judge.estimate(prompts, 50)
@@ -389,6 +389,9 @@ def test_an_estimate_counts_what_is_not_kept(server: Server) -> None:
     assert judge.estimate(prompts, 51).requests == 2
     assert endpoint(server).open().estimate(prompts, 50).cost is None
     assert "1 requests" in str(judge.estimate(prompts, 50))
+    for file in folder.glob("*.json"):
+        file.write_bytes(b"{")  # damaged, so asked for again
+    assert judge.estimate(prompts, 50).requests == 2
 
 
 @dataclasses.dataclass(frozen=True)
