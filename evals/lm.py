@@ -20,6 +20,41 @@ from dictlearn.encoders.linear import Linear, Tied
 _LOGITS = 2**28
 
 
+class Behind:
+    """The last blocks of a model: the residual stream in front of one of them to logits.
+
+    The blocks before it hand on what they get. TransformerLens 4.3 alone would run them, and throw
+    away what they give. Where a model does not bear it (tried on a few rows), they do run.
+
+    Arguments:
+      first: the first block that counts.
+    """
+
+    def __init__(self, bridge: Any, first: int) -> None:
+        self._bridge, self.first, self._skips = bridge, first, False
+        rows = torch.linspace(-1, 1, 6 * bridge.cfg.d_model, device=bridge.cfg.device)
+        rows = rows.reshape(2, 3, -1)
+        with torch.inference_mode():
+            whole = self(rows)
+            self._skips = True
+            try:
+                self._skips = torch.equal(self(rows), whole)
+            except Exception:  # whatever a model's own code raises
+                self._skips = False
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits [b c v] of x [b c d]."""
+        blocks = [block.original_component for block in self._bridge.blocks[: self.first]]
+        blocks = blocks if self._skips else []
+        try:
+            for block in blocks:
+                block.forward = lambda hidden_states, *_, **__: hidden_states
+            return self._bridge(x, return_type="logits", start_at_layer=self.first, use_cache=False)
+        finally:
+            for block in blocks:
+                del block.forward
+
+
 class Forward:
     """A model's forward with activations at a hook put in.
 
@@ -35,13 +70,14 @@ class Forward:
         self._reader = HookReader(self.bridge, (hook,))
         self.width = self._reader.widths[hook]
         config: Any = self.bridge.cfg
-        self._next = next_block(hook, config.n_layers)
+        first = next_block(hook, config.n_layers)
+        self._behind = None if first is None else Behind(self.bridge, first)
         self._rows = max(1, _LOGITS // (4 * config.d_vocab))
 
     @property
     def residual(self) -> bool:
         """Whether the blocks behind the hook see nothing but what stands there."""
-        return self._next is not None
+        return self._behind is not None
 
     def read(self, token: np.ndarray) -> np.ndarray:
         """What the hook sees for sequences [b c]: float32 [b c d]."""
@@ -64,8 +100,8 @@ class Forward:
                 return self.logits(token, x)
         device = self.bridge.cfg.device
         put = torch.from_numpy(np.ascontiguousarray(x, np.float32)).to(device)
-        if self._next is not None:
-            return self.bridge(put, return_type="logits", start_at_layer=self._next)
+        if self._behind is not None:
+            return self._behind(put)
 
         def replace(seen: torch.Tensor, hook: Any) -> torch.Tensor:
             del hook
@@ -78,9 +114,9 @@ class Forward:
     @torch.inference_mode()
     def normed(self, x: np.ndarray) -> np.ndarray | None:
         """Rows [n d] after the next block's first norm; None where the hook is no residual one."""
-        if self._next is None:
+        if self._behind is None:
             return None
-        norm = self.bridge.blocks[self._next].ln1
+        norm = self.bridge.blocks[self._behind.first].ln1
         put = torch.from_numpy(np.array(x, np.float32)).to(self.bridge.cfg.device)
         return norm(put[None])[0].float().cpu().numpy()
 

@@ -29,7 +29,20 @@ from activations.store import SEQUENCES, Store
 from activations.terminal import UserError, run_command
 from dictlearn.artifact import Run
 from dictlearn.interop import load
-from evals import absorption, core, ioi, results, sae_probes, scr, sparse_probing, steering, tpp
+from evals import (
+    absorption,
+    autointerp,
+    core,
+    ioi,
+    ravel,
+    results,
+    sae_probes,
+    scr,
+    sparse_probing,
+    steering,
+    tpp,
+    unlearning,
+)
 from evals.results import Result
 
 
@@ -58,6 +71,9 @@ class EvalConfig:
     tpp: dict[str, Any] = dataclasses.field(default_factory=dict)
     steering: dict[str, Any] = dataclasses.field(default_factory=dict)
     ioi: dict[str, Any] = dataclasses.field(default_factory=dict)
+    ravel: dict[str, Any] = dataclasses.field(default_factory=dict)
+    autointerp: dict[str, Any] = dataclasses.field(default_factory=dict)
+    unlearning: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,9 +169,14 @@ class Family:
     measure: Callable[[Subject, Any], Result]
 
 
-def _core(subject: Subject, cfg: core.Config) -> Result:
-    token, document = subject.text()
-    return core.run(subject.run.coder, subject.model, token, cfg, document)
+def _on_text(module: Any, name: str) -> Family:
+    """A family that is measured on the dictionary's own text."""
+
+    def measure(subject: Subject, cfg: Any) -> Result:
+        token, document = subject.text()
+        return module.run(subject.run.coder, subject.model, token, cfg, document)
+
+    return Family(name, module.Config, measure)
 
 
 def _plain(module: Any, name: str) -> Family:
@@ -165,7 +186,7 @@ def _plain(module: Any, name: str) -> Family:
 
 
 FAMILIES = {
-    "core": Family("core", core.Config, _core),
+    "core": _on_text(core, "core"),
     "sparse_probing": _plain(sparse_probing, "sparse_probing"),
     "sparse_probing_sae_probes": _plain(sae_probes, sae_probes.FAMILY),
     "absorption": _plain(absorption, absorption.FAMILY),
@@ -173,6 +194,9 @@ FAMILIES = {
     "tpp": _plain(tpp, "tpp"),
     "steering": _plain(steering, steering.FAMILY),
     "ioi": _plain(ioi, ioi.FAMILY),
+    "ravel": _plain(ravel, ravel.FAMILY),
+    "autointerp": _on_text(autointerp, autointerp.FAMILY),
+    "unlearning": _plain(unlearning, unlearning.FAMILY),
 }
 
 
@@ -194,6 +218,8 @@ def settings_of(subject: Subject, name: str, *, quick: bool) -> Any:
         cfg = dataclasses.replace(cfg, sets=tuple(one.pinned() for one in sets))
     if one := getattr(cfg, "set", None):
         cfg = dataclasses.replace(cfg, set=one.pinned())
+    if hasattr(cfg, "pinned"):
+        cfg = cfg.pinned()
     return cfg.quick() if quick else cfg
 
 

@@ -21,7 +21,7 @@ from dictlearn.encoders.linear import Linear, Tied
 from dictlearn.encoders.omp import OMP
 from evals import core
 from evals.core import Config
-from evals.lm import CoderModule, Forward
+from evals.lm import Behind, CoderModule, Forward
 
 HOOK, D, M, BATCH = "blocks.1.hook_resid_post", 16, 24, 2
 CFG = Config(HOOK, tokens=10**6, behaviour_tokens=10**6, batch_size=BATCH)
@@ -264,3 +264,38 @@ def test_a_pursuit_has_no_gradient_but_its_decoder_has() -> None:
 def test_metrics_are_json(model: Model, tokens: np.ndarray) -> None:
     envelope = core.run(sae(), model, tokens, CFG).envelope({"id": "x"})
     assert set(json.loads(json.dumps(envelope))) >= {"eval_type_id", "eval_result_metrics"}
+
+
+def test_blocks_in_front_of_the_hook_do_not_run(model: Model, tokens: np.ndarray) -> None:
+    calls = []
+    handles = [
+        block.original_component.mlp.register_forward_hook(lambda *_, i=i: calls.append(i))
+        for i, block in enumerate(model.bridge.blocks)
+    ]
+    forward = Forward(model, HOOK)
+    x = forward.read(tokens)
+    want = model.bridge(torch.from_numpy(tokens), return_type="logits", use_cache=False)
+    calls.clear()
+    found = forward.logits(tokens, x)
+    for handle in handles:
+        handle.remove()
+    assert calls == [2]
+    torch.testing.assert_close(found, want.detach(), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(forward.logits(tokens, x, last=True), found[:, -1:])
+    again = model.bridge(torch.from_numpy(tokens), return_type="logits", use_cache=False)
+    assert torch.equal(again, want)  # all blocks run again
+
+
+def test_a_model_that_does_not_bear_it_runs_all_blocks(model: Model, tokens: np.ndarray) -> None:
+    def fussy(module: Any, inputs: Any, output: Any) -> None:
+        del inputs, output
+        if "forward" in vars(module):
+            raise ValueError("this block wants to run")
+
+    x = torch.from_numpy(Forward(model, HOOK).read(tokens))
+    with torch.inference_mode():
+        want = Behind(model.bridge, 2)(x)
+        handle = model.bridge.blocks[0].original_component.register_forward_hook(fussy)
+        found = Behind(model.bridge, 2)(x)
+        handle.remove()
+    assert torch.equal(found, want)

@@ -168,7 +168,26 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def all_families(labelled: Path) -> dict[str, Any]:
+def all_families(labelled: Path, model: Path) -> dict[str, Any]:
+    """Small settings of all families but `ioi`, whose words a tiny vocabulary does not have."""
+    facts = {f"e{i}": {"A": f"a{i % 3}", "B": f"b{i % 2}"} for i in range(12)}
+    for kind, told in (
+        ("attribute_to_prompts", {"A": ["the %s is", "of %s"], "B": ["a %s has", "its %s"]}),
+        ("entity_attributes", facts),
+    ):
+        (labelled.parent / f"ravel_thing_{kind}.json").write_text(json.dumps(told))
+    judge = {"kind": "model", "spec": f"dir:{model}"}
+    ravel = {"data": str(labelled.parent), "entity": "thing", "attributes": ["A", "B"]}
+    steering = {
+        "fluency_model": f"dir:{model}", "set": {"kind": "occupations", "n": 40}, "texts": 10,
+        "max_concepts": 1, "samples": 1, "new_tokens": 2, "kl": [1e-4], "contexts": 2,
+        "prompts": ["The fox", "The dog"],
+    }  # fmt: skip
+    corpora = {}
+    for side, word in (("forget", "fox"), ("retain", "dog")):
+        file = labelled.parent / f"{side}.txt"
+        file.write_text("\n\n".join(f"the {word} and {i} others jump over it" for i in range(8)))
+        corpora[side] = {"kind": "files", "paths": [str(file)], "documents_are": "paragraphs"}
     sets = [{"kind": "file", "path": str(labelled)}]
     few = {"context_length": 12, "epochs": 2, "n_seeds": 2}
     last = {"sets": sets, "context_length": 12, "n_seeds": 1, "ks": [1]}
@@ -178,7 +197,12 @@ def all_families(labelled: Path) -> dict[str, Any]:
         "absorption": {"n_words": 50},
         "tpp": {"sets": sets, "n_values": [2], **few},
         "scr": {"sets": [sets[0] | {"second": "second"}], "n_values": [2], **few},
-    }
+        "steering": steering,
+        "unlearning": corpora | {"n_latents": [1], "multipliers": [1.0], "n_seeds": 1},
+        "ravel": ravel | {"answer_tokens": 2},
+        "autointerp": {"judge": judge, "window": 3, "n_latents": 2, "n_random": 2, "judge_top": 1,
+                       "judge_sampled": 0, "explain_top": 1, "explain_sampled": 0},
+    }  # fmt: skip
 
 
 @pytest.mark.slow
@@ -188,7 +212,7 @@ def test_every_family_measures_every_kind(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setenv("DICTLEARN_CACHE", str(tmp_path / "cache"))
-    table = all_families(labelled)
+    table = all_families(labelled, tiny_model_dir)
     path = {"ours": lambda: ours, "saelens": lambda: saelens(tmp_path / "sae"),
             "gemma_scope": lambda: gemma_scope(tmp_path)}[kind]()  # fmt: skip
     if kind != "ours":
@@ -196,8 +220,10 @@ def test_every_family_measures_every_kind(
     of = subject(path, **table)
     out = tmp_path / "out"
     found, failed = run.evaluate(of, list(run.FAMILIES), out, quick=False, overwrite=False)
-    assert not failed
-    for name, family in run.FAMILIES.items():
+    assert list(failed) == ["ioi"]
+    assert "expected" in failed["ioi"]
+    families = {name: family for name, family in run.FAMILIES.items() if name != "ioi"}
+    for name, family in families.items():
         assert found[name]["eval_type_id"] == family.id
         assert found[name] == json.loads((out / f"{name}.json").read_text())
     probing = found["sparse_probing"]["eval_result_metrics"]
@@ -207,7 +233,7 @@ def test_every_family_measures_every_kind(
     run.show(found)
     with monkeypatch.context() as patch:  # all of it is done
         patch.setattr(Subject, "model", property(lambda self: pytest.fail("loaded again")))
-        run.evaluate(of, list(run.FAMILIES), out, quick=False, overwrite=False)
+        run.evaluate(of, list(families), out, quick=False, overwrite=False)
 
 
 def test_a_family_that_fails_leaves_the_others(
@@ -216,7 +242,8 @@ def test_a_family_that_fails_leaves_the_others(
     monkeypatch.setenv("DICTLEARN_CACHE", str(tmp_path / "cache"))
     one = tmp_path / "one.jsonl"
     one.write_text('{"text": "the fox", "label": "fox"}\n')
-    table = all_families(labelled)
+    every = all_families(labelled, labelled)
+    table = {name: every[name] for name in ("sparse_probing", "tpp")}
     table["sparse_probing"] |= {"sets": [{"kind": "file", "path": str(one)}]}
     names = ["sparse_probing", "core", "tpp"]
     found, failed = run.evaluate(
