@@ -25,7 +25,7 @@ from evals import unlearning
 from evals.lm import Forward
 from evals.recovery import plain_coder
 from evals.results import Result
-from evals.unlearning import Config, figures, latents, questions
+from evals.unlearning import Config, family, figures, latents, questions
 from evals.unlearning.bank import Change, Firing, Hooked, Passage, documents, firing
 from evals.unlearning.latents import Setting
 
@@ -226,6 +226,24 @@ def test_without_questions_losses_are_the_same(
         else:
             assert value is None
             assert "no questions" in result.null[f"unlearning.{key}"]
+
+
+def test_the_documents_that_choose_are_not_those_that_are_held_out(
+    model: Model, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: dict[str, set[bytes]] = {}
+    for name in ("firing", "by_losses", "loss_figures"):
+        own = getattr(family, name)
+
+        def spy(hooked: Any, passages: Any, *rest: Any, name: str = name, own: Any = own) -> Any:
+            flat = passages if name == "firing" else [one for side in passages for one in side]
+            read.setdefault(name, set()).update(one.ids.tobytes() for one in flat)
+            return own(hooked, passages, *rest)
+
+        monkeypatch.setattr(family, name, spy)
+    family.run(planted(model), model, config(files))
+    assert read["by_losses"] == read["firing"]
+    assert not read["by_losses"] & read["loss_figures"]
 
 
 def test_densities_are_counts(model: Model, files: dict[str, Path]) -> None:
