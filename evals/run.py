@@ -287,7 +287,10 @@ def show(found: dict[str, dict[str, Any]]) -> None:
                 table.add_row(one, *(_cell(metrics[one], key) for key in keys))
             console.print()
             console.print(table)
-        if caveat := envelope["eval_result_unstructured"].get("caveat"):
+        told = envelope["eval_result_unstructured"]
+        for why in dict.fromkeys(told.get("null", {}).values()):
+            console.print(f"\n{name}, null: {why}", markup=False)
+        if caveat := told.get("caveat"):
             console.print(f"\n{name}: {caveat}")
 
 

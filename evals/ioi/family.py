@@ -92,8 +92,8 @@ class Config:
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
     def quick(self) -> Config:
-        """Ten names, 400 prompts, two numbers of latents."""
-        return dataclasses.replace(self, n_names=10, n_train=320, n_test=80, n_latents=(2, 8))
+        """Ten names, 380 prompts, one number of latents."""
+        return dataclasses.replace(self, n_names=10, n_train=320, n_test=60, n_latents=(4,))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -55,7 +55,7 @@ FAMILY = "steering"
 LEAST_ACCURACY = 0.95
 # Texts of the model as it is, for each prompt; words of a concept; tokens of a context; texts of
 # the concept in the prompt that stands for prompting, and where each is cut.
-_OWN, _WORDS, _CONTEXT, _SHOTS, _CUT = 8, 20, 12, 3, 200
+_OWN, _WORDS, _CONTEXT, _SHOTS, _CUT = 4, 20, 12, 3, 200
 
 _BIOGRAPHIES = Occupations("occupations")
 

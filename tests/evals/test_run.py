@@ -286,9 +286,11 @@ def test_categories_with_the_same_figures_stand_side_by_side(
 
     metrics = {"feature": figures(0.25), "probe": figures(0.75), "pca": figures(None)}
     metrics["other"] = {"share": 0.125}
-    run.show({"steering": {"eval_result_metrics": metrics, "eval_result_unstructured": {}}})
+    told = {"null": {"pca.score": "it [knows] nothing", "pca.judge_score": "it [knows] nothing"}}
+    run.show({"steering": {"eval_result_metrics": metrics, "eval_result_unstructured": told}})
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["steering", "other.share", "0.125"] in lines
     assert ["steering", "score", "effect"] in lines  # what is null for all has no column
     assert ["feature", "0.25", "(0.15", "to", "0.35)", "0.5"] in lines
     assert ["pca", "null", "0.5"] in lines
+    assert lines.count("steering, null: it [knows] nothing".split()) == 1
