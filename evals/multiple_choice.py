@@ -88,20 +88,28 @@ def accuracy(
     }  # fmt: skip
 
 
-def _asked(
-    one: dict[str, Any], encode: Callable[[str], list[int]], begin: list[int]
+def with_choices(
+    query: str, choices: list[str], encode: Callable[[str], list[int]], begin: list[int]
 ) -> list[tuple[list[int], int]]:
     """Ids of the query with each choice, and at which of them the choice begins.
 
     A token that reaches over both is the choice's.
     """
-    before = encode(one["query"])
+    before = encode(query)
     asked = []
-    for choice in one["choices"]:
-        whole = encode(f"{one['query']} {choice}")
+    for choice in choices:
+        whole = encode(f"{query} {choice}")
         pairs = enumerate(zip(before, whole, strict=False))
         same = next((place for place, (a, b) in pairs if a != b), len(before))
         asked.append(([*begin, *whole], len(begin) + min(same, len(whole) - 1)))
+    return asked
+
+
+def _asked(
+    one: dict[str, Any], encode: Callable[[str], list[int]], begin: list[int]
+) -> list[tuple[list[int], int]]:
+    """As `with_choices`, of a document; refused where nothing stands before a choice."""
+    asked = with_choices(one["query"], one["choices"], encode, begin)
     if any(first == 0 for _, first in asked):
         raise UserError(
             f"zero_shot: the query {one['query']!r} leaves no token before {one['choices']!r}, and "

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from activations.terminal import UserError, progress
-from evals.multiple_choice import read_questions
+from evals.multiple_choice import read_questions, with_choices
 from evals.unlearning.bank import Hooked, Passage, continuation
 
 Scoring = Literal["letters", "likelihood"]
@@ -74,16 +74,10 @@ def likelihood(hooked: Hooked, query: str, choices: list[str], gold: int) -> Ask
     Raises:
       UserError: nothing stands before a choice.
     """
-    before, passages = hooked.encode(query), []
-    for choice in choices:
-        whole = hooked.encode(f"{query} {choice}")
-        pairs = enumerate(zip(before, whole, strict=False))
-        same = next((i for i, (a, b) in pairs if a != b), len(before))
-        first = len(hooked.begin) + min(same, len(whole) - 1)
-        if first == 0:
-            raise UserError(f"unlearning: {query[:60]!r} has no token before its choices")
-        passages.append(continuation(np.array([*hooked.begin, *whole]), first))
-    return Asked(passages, gold)
+    asked = with_choices(query, choices, hooked.encode, hooked.begin)
+    if any(first == 0 for _, first in asked):
+        raise UserError(f"unlearning: {query[:60]!r} has no token before its choices")
+    return Asked([continuation(np.array(ids), first) for ids, first in asked], gold)
 
 
 def in_orders(hooked: Hooked, one: dict[str, Any], scoring: Scoring) -> list[Asked]:
