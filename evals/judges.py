@@ -17,7 +17,6 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -27,7 +26,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import filelock
 import requests
 import torch
 from pydantic import Field
@@ -35,9 +33,8 @@ from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
 from activations import models
-from activations.files import replace_file
-from activations.gguf import cache_folder
 from activations.terminal import UserError, progress
+from evals import kept
 
 # What may be better a moment later: too many requests, and a server's own trouble.
 _RETRIED = (408, 429, 500, 502, 503, 504)
@@ -99,9 +96,9 @@ class Judge:
         Raises:
           UserError: an answer is not to be had. Those that came are kept.
         """
-        kept = {prompt: self._load(self._file(prompt, max_tokens)) for prompt in prompts}
-        found = {prompt: answer for prompt, answer in kept.items() if answer is not None}
-        missing = [prompt for prompt in kept if prompt not in found]
+        there = {prompt: self._load(self._file(prompt, max_tokens)) for prompt in prompts}
+        found = {prompt: answer for prompt, answer in there.items() if answer is not None}
+        missing = [prompt for prompt in there if prompt not in found]
         with progress(total=len(missing), desc="judge", unit="answer", delay=3) as bar:
             found |= self._ask(missing, max_tokens, lambda: bar.update())
         answers = [found[prompt] for prompt in prompts]
@@ -144,36 +141,24 @@ class Judge:
         return found
 
     def _keep(self, prompt: str, max_tokens: int) -> Answer:
-        """The answer, asked for and kept, where another process was not faster."""
-        file = self._file(prompt, max_tokens)
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with filelock.FileLock(file.with_suffix(".lock")):
-                found = self._load(file)
-                if found is None:
-                    found = self._answer(prompt, max_tokens)
-                    told = {"judge": self.name, "prompt": prompt, "max_tokens": max_tokens}
-                    text = json.dumps(told | {"answer": found[0], "state": found[1]}, indent=1)
-                    replace_file(file, text.encode())
-                return found
-        except OSError as error:
-            raise UserError(
-                f"{file.parent}: answers cannot be kept ({error.strerror or error}); name a folder "
-                "with room in the environment variable DICTLEARN_CACHE"
-            ) from None
+        """The answer, asked for where it is not kept yet."""
+
+        def make() -> dict[str, Any]:
+            answer, state = self._answer(prompt, max_tokens)
+            told = {"judge": self.name, "prompt": prompt, "max_tokens": max_tokens}
+            return told | {"answer": answer, "state": state}
+
+        table = kept.kept(self._file(prompt, max_tokens), make)
+        return table["answer"], table["state"]
 
     def _file(self, prompt: str, max_tokens: int) -> Path:
-        told = json.dumps([*self._identity, prompt, max_tokens])
-        return cache_folder() / "judge" / f"{hashlib.sha256(told.encode()).hexdigest()[:32]}.json"
+        return kept.place("judge", [*self._identity, prompt, max_tokens])
 
     @staticmethod
     def _load(file: Path) -> Answer | None:
-        """What is kept, if it is there, whole."""
-        try:
-            table = json.loads(file.read_bytes())
-            return table["answer"], table["state"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+        """What is kept, if it is there."""
+        table = kept.read(file)
+        return None if table is None else (table["answer"], table["state"])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,9 @@ always shows more. At each of these,
 As AxBench has it, the KL is chosen on half of the prompts, and the figure is of the other half. All
 texts of one part only: those that choose a feature, train the classifier, and are measured on do
 not meet. `..._interval` is a 95 % bootstrap interval over pairs of concept and prompt;
-`feature_above` of a direction is the feature's score less its own, paired.
+`feature_above` of a direction is the feature's score less its own, paired. What was said along a
+direction is kept (evals.kept): a run that was stopped goes on, and what needs no dictionary is the
+same for all dictionaries.
 
 Sources: Shafran et al. 2025 (SNMF, arXiv 2506.10920); Wu et al. 2025 (AxBench, 2501.17148);
 Olmo et al. 2024 (gradient SAE, 2411.10397), whose exact logit figure was not to be found.
@@ -36,7 +38,7 @@ from pydantic import Field
 from activations.models import Model
 from activations.terminal import UserError, progress
 from dictlearn.dictionary import Coder
-from evals import cache
+from evals import cache, kept
 from evals.judges import JudgeConfig
 from evals.lm import check_hook
 from evals.pooled import pool
@@ -46,7 +48,7 @@ from evals.steering.concepts import Concept, WordClassifier, concept, telling_to
 from evals.steering.directions import detection, directions
 from evals.steering.interventions import adding
 from evals.steering.matched_kl import Contexts
-from evals.steering.sampling import samples
+from evals.steering.sampling import SAMPLING, samples
 from evals.steering.scores import OWN, Text, describe, judge_texts, mark, summary
 from evals.texts import LabelledSet, Occupations
 
@@ -122,7 +124,7 @@ def run(coder: Coder, model: Model, cfg: Config) -> Result:
     names = [*(cfg.concepts or labelled.classes[: cfg.max_concepts])]
     concepts = [concept(labelled, name, cfg.texts, seed=cfg.seed) for name in names]
     classifiers = {one.name: WordClassifier(one) for one in concepts}
-    texts = _said(model, cfg, Text("", OWN, 0, 0, "", ""), None, np.zeros(_OWN))
+    texts = _unsteered(model, cfg, Text("", OWN, 0, 0, "", ""), _OWN)
     details: list[dict[str, Any]] = []
     for one in progress(iterable=concepts, desc="steering", unit="concept"):
         said, told = _steer_to(one, coder, model, cfg)
@@ -147,31 +149,71 @@ def run(coder: Coder, model: Model, cfg: Config) -> Result:
     )  # fmt: skip
 
 
-def _said(
-    model: Model, cfg: Config, of: Text, vector: np.ndarray | None, strength: np.ndarray,
-    *, prefix: str = "",
-) -> list[Text]:  # fmt: skip
-    """What is said behind each prompt with each strength that is a number."""
-
-    def no_change(_: np.ndarray) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
-    places = [
-        (goal, prompt)
+def _places(strength: np.ndarray, cfg: Config) -> list[tuple[int, int]]:
+    """KL and prompt of each text, of the strengths that are numbers."""
+    return [
+        (int(goal), prompt)
         for goal in np.flatnonzero(~np.isnan(strength))
         for prompt in range(len(cfg.prompts))
         for _ in range(cfg.samples)
     ]
-    prompts = [cfg.prompts[prompt] for _, prompt in places]
-    said = samples(
-        model, prompts, np.array([strength[goal] for goal, _ in places]),
+
+
+def _said(
+    model: Model, cfg: Config, vector: np.ndarray | None, strength: np.ndarray, prefix: str = ""
+) -> list[str]:
+    """What is said at each of the places."""
+
+    def no_change(_: np.ndarray) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    places = _places(strength, cfg)
+    return samples(
+        model, [cfg.prompts[prompt] for _, prompt in places],
+        np.array([strength[goal] for goal, _ in places]),
         partial(adding, model, cfg.hook, vector) if vector is not None else no_change,
         new_tokens=cfg.new_tokens, seed=cfg.seed, prefix=prefix,
     )  # fmt: skip
+
+
+def _unsteered(model: Model, cfg: Config, of: Text, times: int, prefix: str = "") -> list[Text]:
+    """The model's own texts behind the prompts; kept."""
+    strength = np.zeros(times)
+    file = kept.place("steering", [*_key(model, cfg), times, prefix])
+    said = kept.kept(file, lambda: {"said": _said(model, cfg, None, strength, prefix)})["said"]
+    return _texts(said, of, strength, cfg)
+
+
+def _texts(said: list[str], of: Text, strength: np.ndarray, cfg: Config) -> list[Text]:
     return [
-        dataclasses.replace(of, goal=int(goal), prompt=prompt, begin=begin, said=text)
-        for (goal, prompt), begin, text in zip(places, prompts, said, strict=True)
+        dataclasses.replace(of, goal=goal, prompt=prompt, begin=cfg.prompts[prompt], said=text)
+        for (goal, prompt), text in zip(_places(strength, cfg), said, strict=True)
     ]
+
+
+def _key(model: Model, cfg: Config) -> list[Any]:
+    """All that texts depend on, but for what the model is steered by."""
+    own = model.identity
+    drawn = [cfg.prompts, cfg.samples, cfg.new_tokens, cfg.seed, *SAMPLING]
+    return [own.weights_sha256, own.tokenizer_sha256, cfg.hook, *drawn]
+
+
+def _gone(
+    vector: np.ndarray, contexts: Contexts, words: np.ndarray, model: Model, cfg: Config
+) -> dict[str, Any]:
+    """How far a direction is gone for each KL, and what comes of it; kept.
+
+    Directions that do not come from a dictionary are the same for all, and cost nothing again.
+    """
+    arrays = [vector.astype(np.float32).tolist(), contexts.token.tolist(), words.tolist()]
+
+    def make() -> dict[str, Any]:
+        strength, kl = contexts.matched(vector, np.array(cfg.kl))
+        shift = contexts.logit_shift(vector, np.nan_to_num(strength), words)
+        numbers = {"strength": strength.tolist(), "kl": kl.tolist(), "logit_shift": shift.tolist()}
+        return numbers | {"said": _said(model, cfg, vector, strength)}
+
+    return kept.kept(kept.place("steering", [*_key(model, cfg), cfg.kl, arrays]), make)
 
 
 def _steer_to(
@@ -191,9 +233,9 @@ def _steer_to(
     contexts = Contexts(model, cfg.hook, _contexts(one, model, cfg))
     texts, told = [], []
     for method, direction in directions(coder, rows, one.choose.y, seed=cfg.seed).items():
-        strength, kl = contexts.matched(direction.vector, np.array(cfg.kl))
-        shift = contexts.logit_shift(direction.vector, np.nan_to_num(strength), words)
-        texts += _said(model, cfg, Text(one.name, method, 0, 0, "", ""), direction.vector, strength)
+        gone = _gone(direction.vector, contexts, words, model, cfg)
+        strength, kl, shift = (np.array(gone[key]) for key in ("strength", "kl", "logit_shift"))
+        texts += _texts(gone["said"], Text(one.name, method, 0, 0, "", ""), strength, cfg)
         s_cd = detection(direction.vector, x, start, one.detect.y)
         for goal, target in enumerate(cfg.kl):
             reached = bool(np.isfinite(strength[goal]))
@@ -206,8 +248,7 @@ def _steer_to(
             )  # fmt: skip
     shots = [text[:_CUT] for text, own in zip(one.choose.text, one.choose.y, strict=True) if own]
     prefix = "".join(f"{text}\n\n" for text in shots[:_SHOTS])
-    of = Text(one.name, "prompt", 0, 0, "", "")
-    texts += _said(model, cfg, of, None, np.zeros(1), prefix=prefix)
+    texts += _unsteered(model, cfg, Text(one.name, "prompt", 0, 0, "", ""), 1, prefix)
     told.append(
         {"concept": one.name, "method": "prompt", "goal": 0, "kl_goal": None, "feature": None,
          "n_labels": _SHOTS, "s_cd": None, "strength": None, "kl": None, "logit_shift": None}

@@ -7,39 +7,57 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from functools import partial
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
 
 from activations import models
 from activations.terminal import progress
+from evals import kept
 from evals.speaker import Speaker
 from evals.token_losses import token_nats
 
-# Texts read at once, of about one length.
+# Texts read at once.
 _BATCH = 8
 
 
 def bits_per_byte(spec: str, texts: list[str]) -> Float[np.ndarray, " n"]:
-    """-log2 p(text) / bytes of each text under a model; NaN of an empty text.
+    """-log2 p(text) / bytes of each text under a model; NaN of an empty text. Kept on disk.
 
     Raises:
       UserError: the model cannot be loaded.
     """
-    speaker = Speaker.load(models.fetch(spec))
+    directory = models.fetch(spec)
+    own = models.identify(spec, directory)
+    speaker: Speaker | None = None
+
+    def read(part: list[str]) -> dict[str, Any]:
+        nonlocal speaker
+        speaker = speaker or Speaker.load(directory)
+        return {"bits": _bits(speaker, part)}
+
+    found = []
+    with progress(total=len(texts), desc="fluency", unit="text", delay=3) as bar:
+        for part in (texts[at : at + _BATCH] for at in range(0, len(texts), _BATCH)):
+            file = kept.place("fluency", [own.weights_sha256, own.tokenizer_sha256, part])
+            found += kept.kept(file, partial(read, part))["bits"]
+            bar.update(len(part))
+    return np.array(found)
+
+
+def _bits(speaker: Speaker, texts: list[str]) -> list[float]:
     roles = speaker.vocabulary.roles
     begin = speaker.begin or [roles[role] for role in ("bos", "eos") if role in roles][:1]
     ids = [[*begin, *speaker.vocabulary.encode(text)] for text in texts]
     first = max(1, len(begin))
-    found = np.full(len(texts), np.nan)
-    there = [i for i in sorted(range(len(ids)), key=lambda i: len(ids[i])) if len(ids[i]) > first]
-    with progress(total=len(there), desc="fluency", unit="text", delay=3) as bar:
-        for at in range(0, len(there), _BATCH):
-            batch = there[at : at + _BATCH]
-            nats = token_nats(speaker.model, [ids[i] for i in batch], [first] * len(batch))
-            for i, own in zip(batch, nats, strict=True):
-                found[i] = own.sum() / np.log(2) / len(texts[i].encode())
-            bar.update(len(batch))
+    there = [i for i in range(len(ids)) if len(ids[i]) > first]
+    found = [np.nan] * len(texts)
+    if there:
+        nats = token_nats(speaker.model, [ids[i] for i in there], [first] * len(there))
+        for i, own in zip(there, nats, strict=True):
+            found[i] = float(own.sum() / np.log(2) / len(texts[i].encode()))
     return found
 
 

@@ -28,8 +28,10 @@ class Contexts:
       token: [p c], BOS first.
     """
 
+    token: Int[np.ndarray, "p c"]
+
     def __init__(self, model: Model, hook: str, token: Int[np.ndarray, "p c"]) -> None:
-        self._forward, self._token = Forward(model, hook), token
+        self._forward, self.token = Forward(model, hook), token
         self._x = self._forward.read(token)
         self.length = float(np.median(np.linalg.norm(self._x[:, 1:], axis=-1)))
         self._logits = self._forward.logits(token, self._x, last=True)[:, 0].double()  # [p v]
@@ -44,7 +46,7 @@ class Contexts:
         for at in range(0, len(strengths), size):
             part = strengths[at : at + size, None, None, None] * step * direction
             x = (self._x[None] + part).reshape(-1, c, self._x.shape[-1])  # [t p c d] -> [tp c d]
-            token = np.tile(self._token, (len(part), 1))
+            token = np.tile(self.token, (len(part), 1))
             logits = self._forward.logits(token, x, last=True)[:, 0]
             found.append(logits.reshape(len(part), p, -1))
         return torch.cat(found).double()

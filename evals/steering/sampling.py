@@ -14,8 +14,8 @@ from activations.models import Model
 from activations.terminal import UserError
 from evals.cache import tokens
 
-# SNMF's sampling (Shafran et al. 2025).
-_TOP_K, _TOP_P = 30, 0.3
+# SNMF's sampling (Shafran et al. 2025): top k, top p.
+SAMPLING = 30, 0.3
 # Sequences that are gone on with at once.
 _BATCH = 64
 
@@ -66,9 +66,10 @@ def _continued(model: Model, token: torch.Tensor, count: int, *, seed: int) -> l
     with torch.random.fork_rng(), torch.inference_mode(), quiet():
         torch.manual_seed(seed)
         try:
+            top_k, top_p = SAMPLING
             made = model.bridge.generate(
                 token.to(device), max_new_tokens=count, stop_at_eos=False, do_sample=True,
-                top_k=_TOP_K, top_p=_TOP_P, verbose=False, return_type="tokens",
+                top_k=top_k, top_p=top_p, verbose=False, return_type="tokens",
             )  # fmt: skip
         except RuntimeError as error:
             if "probability tensor" not in str(error):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -26,10 +28,19 @@ from dictlearn.encoders.omp import OMP
 from evals import cache, results, steering
 from evals.cache import Block
 from evals.pooled import Pooled
-from evals.steering import Config, bidirectionality, concepts, directions, rating, steer
+from evals.steering import (
+    Config,
+    bidirectionality,
+    concepts,
+    directions,
+    family,
+    rating,
+    steer,
+)
 from evals.steering.concepts import Part, WordClassifier, telling_tokens
 from evals.steering.fluency import Fluency, bits_per_byte, distinct_2
 from evals.steering.matched_kl import Contexts
+from evals.steering.sampling import samples
 from evals.steering.scores import OWN, Marked, Text, summary
 from evals.texts import Labelled, Occupations
 
@@ -440,7 +451,15 @@ def test_the_whole_family_on_a_tiny_model(
         texts=10, context_length=24, prompts=("The fox", "The dog", "and the"), samples=1,
         new_tokens=5, kl=(1e-4, 2e-4, 15.0), contexts=4,
     )  # fmt: skip
+    said = []
+    monkeypatch.setattr(family, "samples", lambda *a, **k: said.append(0) or samples(*a, **k))
+    with monkeypatch.context() as stopped:
+        stopped.setattr(family, "detection", Mock(side_effect=[None] * 9 + [KeyboardInterrupt]))
+        with pytest.raises(KeyboardInterrupt):
+            steering.run(sae(), model, cfg)
+    assert len(said) == 12  # the own texts, six directions and prompting; four directions
     result = steering.run(sae(), model, cfg)
+    assert len(said) == 1 + 2 * 7  # what was said before the stop is not said again
     methods = ["feature", "diff_means", "probe", "pca", "random_feature", "random_direction"]
     assert [*result.metrics] == [*methods, "prompt", "bidirectionality"]
     rows = [row for row in result.details if row["kl_goal"] == 15.0]
@@ -457,6 +476,13 @@ def test_the_whole_family_on_a_tiny_model(
     results.write(file, result, {"id": "x"})
     again = steering.run(sae(), model, cfg)
     assert json.loads(json.dumps(again.metrics)) == json.loads(json.dumps(result.metrics))
+    assert len(said) == 15
+    shutil.rmtree(tmp_path / "steering")
+    anew = steering.run(sae(), model, cfg)
+    assert json.loads(json.dumps(anew.metrics)) == json.loads(json.dumps(result.metrics))
+    assert len(said) == 30
+    steering.run(sae(seed=1), model, cfg)
+    assert len(said) <= 30 + 2 * 2  # only what comes from the dictionary is another
     other = dataclasses.replace(cfg, concepts=("baker",))
     with pytest.raises(UserError, match="has no class 'baker'"):
         steering.run(sae(), model, other)
