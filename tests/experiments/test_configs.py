@@ -10,6 +10,7 @@ from activations.config import read_toml, validate
 from activations.harvest import HarvestConfig
 from dictlearn.config import FitConfig
 from dictlearn.transplant.config import TransplantConfig
+from evals import run
 from evals.transplant import EvalConfig
 from experiments.metric_audit import AuditConfig
 
@@ -17,7 +18,7 @@ FILES = sorted((Path(__file__).parents[2] / "experiments").glob("*.toml"))
 # By a key that only these have.
 KINDS = {
     "solver": FitConfig, "hooks": HarvestConfig, "donor": TransplantConfig, "documents": EvalConfig,
-    "planted": AuditConfig,
+    "planted": AuditConfig, "steering": run.EvalConfig,
 }  # fmt: skip
 
 
@@ -26,6 +27,9 @@ def test_a_config_is_valid(file: Path) -> None:
     table = read_toml(file, [])
     kind = next(kind for key, kind in KINDS.items() if key in table)
     validate(kind, table, str(file))
+    if kind is run.EvalConfig:
+        for name, settings in table.items():
+            validate(run.FAMILIES[name].config, settings | {"hook": "h"}, str(file))
     if kind is FitConfig and "harvest" in table:
         store = table["harvest"] | {"store": table["data"]["store"]}
         validate(HarvestConfig, store, str(file))
