@@ -191,6 +191,16 @@ class _Behaviour:
             ce = own - other.expand(len(label), -1).gather(1, label)[:, 0]
             self.ce[name].append(ce.double().cpu().numpy()[predicts])
 
+    def by_document(self) -> dict[str, Any]:
+        """Of each document, the sum of what the CE rises by, over so many tokens."""
+        document, place = np.unique(np.concatenate(self.owner_ce), return_inverse=True)
+        rise = np.concatenate(self.ce["sae"]) - np.concatenate(self.ce["without"])
+        return {
+            "document": document.tolist(),
+            "ce_increase": np.bincount(place, rise).tolist(),
+            "n_tokens": np.bincount(place).tolist(),
+        }
+
     def figures(self, seed: int) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
         """SAEBench's two categories, and the headline in nats with intervals."""
         kl = {name: np.concatenate(parts) for name, parts in self.kl.items()}
@@ -257,7 +267,8 @@ def _result(
         },
         "misc_metrics": features.misc(rows.n) | misc,
     }
-    return Result("core", dataclasses.asdict(cfg), found, details, {}, null | _undefined(found))
+    told = {"by_document": behaviour.by_document()}
+    return Result("core", dataclasses.asdict(cfg), found, details, told, null | _undefined(found))
 
 
 def _undefined(found: dict[str, dict[str, Any]]) -> dict[str, str]:

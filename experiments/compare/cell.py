@@ -1,0 +1,144 @@
+"""One cell of a sweep, in a process of its own:  python -m experiments.compare.cell FILE CELL.
+
+Fits the dictionary, or goes on with it; codes the test rows by each encoder; asks the families of
+evals. PLACE/cells/CELL.json has the figures, CELL.npz the sums over each document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import numpy as np
+
+from activations.config import validate
+from activations.files import replace_file, replacing
+from activations.store import Store
+from activations.terminal import UserError, run_command
+from dictlearn import heldout
+from dictlearn.artifact import Run, finite
+from dictlearn.swap import job_of
+from evals import run as evals_run
+from evals.run import Subject
+from experiments import lines
+from experiments.compare.sweep import Cell, Sweep, cells
+from experiments.swap import encoder_of, fitted
+
+# Of the fit, in the table; of other encoders the first ones.
+_CODED = ("fvu", "fvu_bulk", "l0", "median_error", "cosine", "frac_alive")
+FIT = (*_CODED, "twins", "coherence", "seconds")
+
+
+def identity(sweep: Sweep, cell: Cell) -> dict[str, Any]:
+    """All that a cell's figures depend on."""
+    settings = {name: getattr(sweep.settings, name) for name in sweep.evals}
+    told = {
+        "store": Store(cell.config.data.store).manifest.sha256(),
+        "n_atoms": cell.n_atoms,
+        "k": cell.k,
+        "encoders": list(sweep.encoders),
+        "evals": settings,
+    }
+    return json.loads(json.dumps(told | lines.settings_of(cell.config), default=str))
+
+
+def files(sweep: Sweep, cell: Cell) -> tuple[Path, Path]:
+    """Where a cell's figures and sums are."""
+    folder = sweep.place / "cells"
+    return folder / f"{cell.name}.json", folder / f"{cell.name}.npz"
+
+
+def done(sweep: Sweep, cell: Cell) -> bool:
+    """Whether a cell's figures are there, of the same settings and store."""
+    told, sums = files(sweep, cell)
+    try:
+        return sums.exists() and json.loads(told.read_text())["identity"] == identity(sweep, cell)
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def measure(sweep: Sweep, cell: Cell) -> None:
+    """Do a cell, and write what came out."""
+    own = identity(sweep, cell)
+    run = fitted(cell.config, own["store"])
+    rows, sums = _coded(sweep, cell, run)
+    subject = Subject(run, sweep.settings)
+    for family in sweep.evals:
+        found = _evaluated(subject, family, run.path / "evals")
+        for category, values in found["eval_result_metrics"].items():
+            for key, value in values.items():
+                if isinstance(value, (int, float)) and not isinstance(value, bool):
+                    interval = values.get(f"{key}_interval") or (None, None)
+                    rows.append(_row("own", family, f"{category}.{key}", value, interval))
+        if family == "core":
+            by = found["eval_result_unstructured"]["by_document"]
+            sums |= {f"ce_{key}": np.array(values) for key, values in by.items()}
+    told, array = files(sweep, cell)
+    told.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(array) as file:
+        np.savez(file, **sums)  # pyright: ignore
+    text = json.dumps(finite({"identity": own, "rows": rows}), indent=1, allow_nan=False)
+    replace_file(told, text.encode())
+
+
+def _coded(
+    sweep: Sweep, cell: Cell, run: Run
+) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+    """Figures of the test rows by each encoder, and the sums over their documents."""
+    job = job_of(run)
+    rows: list[dict[str, Any]] = []
+    sums: dict[str, np.ndarray] = {"document": job.parts["test"].documents}
+    others = () if cell.k is None else sweep.encoders
+    for name in dict.fromkeys(("own", *others)):
+        encoder = encoder_of(name, run, cell.k or 1)
+        coder = eqx.tree_at(lambda coder: coder.encoder, run.coder, encoder)
+        seen = heldout.evaluate(coder, job.parts["test"], job.bulk)
+        figures = heldout.figures(coder, seen, seed=cell.seed) | {"seconds": run.metrics["seconds"]}
+        for key in FIT if name == "own" else _CODED:
+            interval = figures.get(f"{key}_interval", (None, None))
+            rows.append(_row(name, "fit", key, figures[key], interval))
+        for kind, of in (("fvu", seen.raw), ("fvu_bulk", seen.bulk)):
+            shared = {"count": of.count, "square": of.square, "total": of.total}
+            sums |= {f"{kind}_{key}": values for key, values in shared.items()}
+            sums[f"{kind}_error_{name}"] = of.error
+    return rows, sums
+
+
+def _row(
+    encoder: str, family: str, figure: str, value: float, interval: tuple[Any, Any]
+) -> dict[str, Any]:
+    low, high = interval
+    told = {"encoder": encoder, "family": family, "figure": figure, "value": float(value)}
+    return told | {"low": low, "high": high}
+
+
+def _evaluated(subject: Subject, family: str, out: Path) -> dict[str, Any]:
+    """A family's envelope; what is there of other settings is replaced."""
+    try:
+        found, failed = evals_run.evaluate(subject, [family], out, quick=False, overwrite=False)
+    except UserError:
+        found, failed = evals_run.evaluate(subject, [family], out, quick=False, overwrite=True)
+    if failed:
+        raise UserError(f"{family}: {failed[family]}")
+    return found[family]
+
+
+def main() -> None:
+    """Entry of `python -m experiments.compare.cell`."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.compare.cell", description=__doc__)
+    parser.add_argument("sweep", type=Path)
+    parser.add_argument("cell")
+    arguments = parser.parse_args()
+    where = str(arguments.sweep)
+    sweep = validate(Sweep, json.loads(arguments.sweep.read_text()), where)
+    found = {cell.name: cell for cell in cells(sweep, where)}
+    if arguments.cell not in found:
+        raise UserError(f"{where}: no cell {arguments.cell!r} among {', '.join(found)}")
+    measure(sweep, found[arguments.cell])
+
+
+if __name__ == "__main__":
+    run_command(main)
