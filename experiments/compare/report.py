@@ -30,6 +30,7 @@ class Shown:
     Attributes:
       better: "lower" or "higher"; "" where neither is.
       encoder: by which the dictionary is coded.
+      varies: whether its interval is shown: times vary with the machine.
     """
 
     title: str
@@ -38,6 +39,7 @@ class Shown:
     better: str
     encoder: str = "own"
     digits: int = 4
+    varies: bool = True
 
 
 BULK = Shown("fvu_bulk", "fit", "fvu_bulk", "lower")
@@ -45,7 +47,7 @@ BULK_OMP = Shown("fvu_bulk, coded by OMP", "fit", "fvu_bulk", "lower", "omp")
 FVU = Shown("fvu", "fit", "fvu", "lower")
 CE = Shown("CE increase, nats", "core", "headline.ce_increase", "lower")
 L0 = Shown("L0", "fit", "l0", "", digits=1)
-SECONDS = Shown("seconds of the fit", "fit", "seconds", "lower", digits=1)
+SECONDS = Shown("seconds of the fit", "fit", "seconds", "lower", digits=0, varies=False)
 ALIVE = Shown("alive", "fit", "frac_alive", "higher")
 PROBING = tuple(
     Shown(f"probing, {k} latent{'s' * (k > 1)}", "sparse_probing",
@@ -195,7 +197,7 @@ def means(results: Results) -> list[Grid]:
         _grid(
             results, f"Means: m = {n_atoms}, k = {k}", [shown.title for shown in columns],
             lambda name, column, size=(n_atoms, k): _shown(
-                mean(_of(results, name, *size, columns[column])), columns[column].digits
+                mean(_of(results, name, *size, columns[column])), columns[column]
             ),
         )
         for n_atoms, k in sizes(results)
@@ -228,11 +230,12 @@ def _grid(results: Results, title: str, heads: list[str], cell: Callable[[str, i
     return Grid(title, "Means over seeds, with 95 % intervals.", ["", *heads], rows)
 
 
-def _shown(of: Interval, digits: int) -> str:
+def _shown(of: Interval, shown: Shown) -> str:
     if not of.n:
         return ""
+    digits = shown.digits
     told = f"{of.mean:.{digits}f}"
-    if not np.isfinite(of.low):
+    if not shown.varies or not np.isfinite(of.low):
         return told
     return f"{told} ({of.low:.{digits}f} to {of.high:.{digits}f})"
 
@@ -250,7 +253,8 @@ def plot(results: Results, y: Shown, x: Shown) -> str | None:
         for panel, n_atoms in zip(panels, sweep.n_atoms, strict=True):
             for name, style in zip(sweep.dictionaries, _styles(results), strict=True):
                 own = [[mean(_of(results, name, n_atoms, k, of)) for of in (x, y)] for k in sweep.k]
-                _draw(panel, name, [point for point in own if point[0].n and point[1].n], style)
+                there = [point for point in own if point[0].n and point[1].n]
+                _draw(panel, name, there, style, [x.varies, y.varies])
             panel.set_xlabel(x.title)
             if len(sweep.n_atoms) > 1:
                 panel.set_title(f"m = {n_atoms}")
@@ -278,8 +282,10 @@ def _styles(results: Results) -> list[dict[str, Any]]:
     return styles
 
 
-def _draw(panel: Any, name: str, points: list[list[Interval]], style: dict[str, Any]) -> None:
-    """A line over points of x and y, with their intervals."""
+def _draw(
+    panel: Any, name: str, points: list[list[Interval]], style: dict[str, Any], varies: list[bool]
+) -> None:
+    """A line over points of x and y, with the intervals of those that vary."""
     if not points:
         return
     middle = np.array([[one.mean for one in point] for point in points]).T  # [2 k]
@@ -287,7 +293,8 @@ def _draw(panel: Any, name: str, points: list[list[Interval]], style: dict[str, 
         np.array([[getattr(one, end) for one in point] for point in points]).T
         for end in ("low", "high")
     )
-    bars = [np.nan_to_num([middle[i] - low[i], high[i] - middle[i]]) for i in (0, 1)]
+    bars = [own * np.nan_to_num([middle[i] - low[i], high[i] - middle[i]])
+            for i, own in enumerate(varies)]  # fmt: skip
     panel.errorbar(
         *middle, xerr=bars[0], yerr=bars[1], label=name, capsize=2, markersize=4, **style
     )

@@ -12,6 +12,7 @@ from dictlearn.config import FitConfig
 from dictlearn.transplant.config import TransplantConfig
 from evals import run
 from evals.transplant import EvalConfig
+from experiments.compare.sweep import Sweep, cells
 from experiments.metric_audit import AuditConfig
 
 FILES = sorted((Path(__file__).parents[2] / "experiments").glob("*.toml"))
@@ -19,6 +20,7 @@ FILES = sorted((Path(__file__).parents[2] / "experiments").glob("*.toml"))
 KINDS = {
     "solver": FitConfig, "hooks": HarvestConfig, "donor": TransplantConfig, "documents": EvalConfig,
     "planted": AuditConfig, "steering": run.EvalConfig,
+    "dictionaries": Sweep,
 }  # fmt: skip
 
 
@@ -26,7 +28,9 @@ KINDS = {
 def test_a_config_is_valid(file: Path) -> None:
     table = read_toml(file, [])
     kind = next(kind for key, kind in KINDS.items() if key in table)
-    validate(kind, table, str(file))
+    found = validate(kind, table, str(file))
+    if isinstance(found, Sweep):
+        cells(found, str(file))
     if kind is run.EvalConfig:
         for name, settings in table.items():
             validate(run.FAMILIES[name].config, settings | {"hook": "h"}, str(file))
