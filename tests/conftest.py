@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import jaxtyping
+import numpy as np
 import pytest
 
 # Workers of pytest-xdist keep to cores of their own. Threads of XLA, Numba and torch that wait for
@@ -96,3 +97,39 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A KSVD run (24 atoms, 3 a token) on a store of the tiny model, beside its store and texts."""
+    from activations.config import validate
+    from activations.harvest import HarvestConfig, harvest
+    from dictlearn.config import FitConfig
+    from dictlearn.fit import fit
+
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "texts").mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(12):
+        words = rng.choice(["fox", "lazy", "dog", "quick", "mind", "the"], 25)
+        (folder / f"texts/{index:02}.txt").write_text(f"{index} {' '.join(words)}")
+    (folder / "texts/odd.txt").write_text(
+        "the <script>alert(1)</script> & \x07 the \u202e dog " * 3
+    )
+    hook = "blocks.1.hook_resid_post"
+    table = {
+        "store": str(folder / "store"),
+        "model": f"dir:{tiny_model_dir}",
+        "hooks": [hook],
+        "context_length": 12,
+        "corpus": {"kind": "files", "paths": [str(folder / "texts/*.txt")]},
+    }
+    harvest(validate(HarvestConfig, table, "test"))
+    config = {
+        "name": "small",
+        "data": {"store": table["store"], "hook": hook, "test": 0.3},
+        "solver": {"name": "ksvd", "n_atoms": 24, "encoder": {"name": "omp", "k": 3}},
+        "fit": {"batch_size": 64, "epochs": 1},
+        "output": str(folder / "run"),
+    }
+    return fit(validate(FitConfig, config, "test"))

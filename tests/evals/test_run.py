@@ -13,11 +13,8 @@ import safetensors.numpy
 
 from activations.config import validate
 from activations.files import sha256
-from activations.harvest import HarvestConfig, harvest
 from activations.store import Store
 from activations.terminal import UserError
-from dictlearn.config import FitConfig
-from dictlearn.fit import fit
 from dictlearn.interop import load
 from evals import core, run
 from evals.run import EvalConfig, Subject
@@ -28,36 +25,14 @@ HOOK, D, M = "blocks.1.hook_resid_post", 16, 24
 SMALL = {"core": {"tokens": 100, "behaviour_tokens": 50, "batch_size": 4}}
 
 
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("texts")
-    rng = np.random.default_rng(0)
-    for index in range(12):
-        words = rng.choice(["fox", "lazy", "dog", "quick", "mind", "the"], 25)
-        (folder / f"{index:02}.txt").write_text(f"{index} {' '.join(words)}")
-    return folder
+@pytest.fixture
+def texts(tiny_run: Path) -> Path:
+    return tiny_run.parent / "texts"
 
 
-@pytest.fixture(scope="module")
-def ours(texts: Path, tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A KSVD run on a store of the tiny model."""
-    folder = tmp_path_factory.mktemp("ours")
-    table = {
-        "store": str(folder / "store"),
-        "model": f"dir:{tiny_model_dir}",
-        "hooks": [HOOK],
-        "context_length": 12,
-        "corpus": {"kind": "files", "paths": [str(texts / "*.txt")]},
-    }
-    harvest(validate(HarvestConfig, table, "test"))
-    config = {
-        "name": "small",
-        "data": {"store": table["store"], "hook": HOOK, "test": 0.3},
-        "solver": {"name": "ksvd", "n_atoms": M, "encoder": {"name": "omp", "k": 3}},
-        "fit": {"batch_size": 64, "epochs": 1},
-        "output": str(folder / "run"),
-    }
-    return fit(validate(FitConfig, config, "test"))
+@pytest.fixture
+def ours(tiny_run: Path) -> Path:
+    return tiny_run
 
 
 def weights(d: int = D) -> dict[str, np.ndarray]:
