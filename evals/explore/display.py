@@ -32,7 +32,7 @@ def shaded(context: Context, most: float) -> str:
         text = html.escape(visible(token))
         if code:
             share = min(abs(code) / most, 1) if most else 0
-            colour = f"rgba({_WARM if code > 0 else _COLD}, {0.15 + 0.65 * share:.2f})"
+            colour = f"rgba({_WARM if code > 0 else _COLD}, {0.15 + 0.5 * share:.2f})"
             line = "; text-decoration: underline" if i == context.at else ""
             text = f'<span title="{code:.4g}" style="background: {colour}{line}">{text}</span>'
         spans.append(text)

@@ -1,0 +1,1 @@
+"""A static site of a run's features:  python -m experiments.features RUN."""
