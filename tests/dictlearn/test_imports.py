@@ -22,8 +22,12 @@ MAY_HARVEST = {"fit.py", "config.py", "plan.py"}
 PROJECT = ("activations", "dictlearn", "evals", "experiments")
 
 
+# For SAELens's environment, copied and never imported here.
+PLUGIN = ROOT / "dictlearn" / "interop" / "saelens_omp.py"
+
+
 def files(package: str) -> list[Path]:
-    return sorted((ROOT / package).rglob("*.py"))
+    return sorted(set((ROOT / package).rglob("*.py")) - {PLUGIN})
 
 
 def imports(file: Path, *, lazy: bool) -> set[str]:
