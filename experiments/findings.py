@@ -1,8 +1,9 @@
 """Dictionaries by what a model makes of them:  python -m experiments.findings --store DIR ...
 
 Fits what experiments.swap fits (the same runs, under OUT/runs), measures each by families of
-`evals.run`, and prints a table a family: means over the seeds, and for each figure the differences
-from one dictionary, paired by seed, with
+`evals.run`, or by experiments.downstream, which is the cheaper way to the CE, and prints a table a
+family: means over the seeds, and for each figure the differences from one dictionary, paired by
+seed, with
 
 - the 95 % interval of Student's t over the seeds, and the smallest difference that as many seeds
   would detect: (t_0.975 + t_0.8) s / sqrt(n), s being the deviation of the paired differences;
@@ -25,14 +26,19 @@ import scipy.stats
 from activations.config import read_toml, validate
 from activations.store import Store
 from activations.terminal import UserError, run_command
+from dictlearn.artifact import Run
 from evals import run as evals_run
 from evals.run import EvalConfig, Subject
-from experiments import swap, swap_tables
+from experiments import downstream, swap, swap_tables
 from experiments.swap import Cell, Place
 from experiments.swap_tables import Grid
 
 # Of each family what stands in the table: category and figure.
 FIGURES = {
+    "downstream": (
+        ("plain", "ce_increase"), ("plain", "loss_recovered"), ("plain", "fvu_bulk"),
+        ("plain", "l0"),
+    ),
     "core": (
         ("headline", "ce_increase"), ("headline", "kl"), ("headline", "fvu_bulk"),
         ("sparsity", "l0"), ("misc_metrics", "frac_alive"),
@@ -48,6 +54,9 @@ FIGURES = {
     ),
 }  # fmt: skip
 
+# Tokens whose next one is predicted, of each split.
+_TOKENS = 2000
+
 # dictionary, seed -> figure -> (value, the width of its own interval or None)
 Values = dict[tuple[str, int], dict[str, tuple[float, float | None]]]
 
@@ -59,8 +68,11 @@ def measure(
     sha256 = Store(place.store).manifest.sha256()
     found: dict[str, Values] = {family: {} for family in families}
     model = None
-    for cell in cells:
-        run = swap.fitted(swap.config_of(cell, place), sha256)
+    runs = [swap.fitted(swap.config_of(cell, place), sha256) for cell in cells]
+    if "downstream" in families:
+        found["downstream"] = _downstream(cells, runs, place)
+        families = [family for family in families if family != "downstream"]
+    for cell, run in zip(cells, runs, strict=True) if families else ():
         subject = Subject(run, config, model)
         told, failed = evals_run.evaluate(
             subject, families, run.path / "evals", quick=quick, overwrite=False
@@ -76,6 +88,20 @@ def measure(
                 if metrics[category].get(key) is not None
             }
     return found
+
+
+def _downstream(cells: list[Cell], runs: list[Run], place: Place) -> Values:
+    """What the model loses, by experiments.downstream; lines go to OUT/downstream.jsonl."""
+    file = place.out / "downstream.jsonl"
+    lines = downstream.measure_all(runs, ("plain",), _TOKENS, file)
+    of = {line["run"]: line for line in lines}
+    return {
+        (cell.dictionary, cell.seed): {
+            key: (of[str(run.path)][key], _width(of[str(run.path)].get(f"{key}_interval")))
+            for _, key in FIGURES["downstream"]
+        }
+        for cell, run in zip(cells, runs, strict=True)
+    }
 
 
 def _width(interval: list[float] | None) -> float | None:
@@ -150,7 +176,7 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--seeds", default="0,1,2,3,4")
     parser.add_argument("--epochs", type=float, default=25.0, help="of an SAE")
-    parser.add_argument("--evals", default=",".join(FIGURES))
+    parser.add_argument("--evals", default="core,sparse_probing,steering", help=", ".join(FIGURES))
     parser.add_argument("--config", type=Path, help="settings of the families, as evals.run has")
     parser.add_argument("--quick", action="store_true", help="the families' quick sizes")
     parser.add_argument("--against", default="ksvd")

@@ -58,6 +58,20 @@ def test_figures_are_those_of_each_run_and_done_once(
     assert findings.measure(CELLS, place, ["core"], CONFIG, quick=False) == found
 
 
+def test_what_the_model_loses_is_that_of_the_replay(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(findings, "_TOKENS", 50)
+    found = findings.measure(CELLS[:2], place, ["downstream"], CONFIG, quick=False)["downstream"]
+    lines = [
+        json.loads(line) for line in (place.out / "downstream.jsonl").read_text().split("\n")[:2]
+    ]
+    for line in lines:
+        name = "gaussian" if "gaussian" in line["run"] else "data_rows"
+        low, high = line["ce_increase_interval"]
+        assert found[name, 0]["ce_increase"] == (line["ce_increase"], high - low)
+
+
 def test_differences_are_paired_and_the_smallest_is_detected_in_80_percent_of_trials() -> None:
     rng = np.random.default_rng(0)
     seen = 0
@@ -91,7 +105,10 @@ def test_the_table_pairs_by_seed_and_tells_what_is_missing() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--evals", "cores"], "--evals: no 'cores' among core, sparse_probing, steering"),
+        (
+            ["--evals", "cores"],
+            "--evals: no 'cores' among downstream, core, sparse_probing, steering",
+        ),
         (["--dictionaries", "topk"], "--against: no 'ksvd' among topk"),
         (["--seeds", "a"], "--seeds: expected numbers"),
     ],
