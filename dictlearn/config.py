@@ -14,6 +14,7 @@ from activations.store import Store
 from activations.terminal import UserError
 from dictlearn import artifact
 from dictlearn.registry import Solver
+from dictlearn.trackers import Tracker
 
 if TYPE_CHECKING:
     from activations.harvest import HarvestConfig
@@ -60,6 +61,7 @@ class LoopConfig:
         validation fvu_bulk down by this share of it. Left out: after all epochs.
       checkpoint_minutes, checkpoint_steps: how often the fit is saved, so that it can go on after
         it was stopped; whichever comes first.
+      track: where the lines of train.jsonl go too (dictlearn.trackers).
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -71,6 +73,7 @@ class LoopConfig:
     tolerance: Annotated[float, Field(ge=0, lt=1)] = 1e-3
     checkpoint_minutes: Annotated[float, Field(gt=0)] = 10.0
     checkpoint_steps: Annotated[int, Field(gt=0)] | None = None
+    track: tuple[Tracker, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

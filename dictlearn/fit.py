@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import importlib.metadata
 import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from activations.files import replace_file
 from activations.store import Store
 from activations.terminal import UserError, run_command
 from activations.verify import verify as verify_store
-from dictlearn import artifact, devices, heldout, report
+from dictlearn import artifact, devices, heldout, report, runs, trackers
 from dictlearn.config import FitConfig, check_most, check_store, recipe_of, resolved
 from dictlearn.data import Rows, split_by_document, statistics
 from dictlearn.dictionary import Coder
@@ -99,6 +100,7 @@ def go_on(run: Path, settings: list[str] | None = None, *, verify: bool = False)
 
 def prepare(config: FitConfig, where: str, *, verify: bool = False) -> Job:
     """Have the store made where it is missing, split it, and see that the config suits it."""
+    trackers.check(config.fit.track or ())
     recipe = recipe_of(config, where)
     if recipe is not None and devices.leads():
         _make_store(recipe)
@@ -259,7 +261,10 @@ def main() -> None:
 
 
 def command() -> None:
-    """Entry of the console script `dictlearn`."""
+    """Entry of the console script: `dictlearn CONFIG` fits, `dictlearn runs [DIR]` lists runs."""
+    if sys.argv[1:2] == ["runs"]:
+        del sys.argv[1]
+        run_command(runs.main)
     run_command(main)
 
 

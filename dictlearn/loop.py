@@ -32,7 +32,10 @@ from dictlearn.encoders.base import AbstractEncoder
 from dictlearn.metrics import Bulk
 from dictlearn.plan import n_steps
 from dictlearn.solvers.base import AbstractSolver, Batch
+from dictlearn.trackers import tracking
 
+# Keys of [fit] that do not change the result begin so.
+_NOT_RESULTS = ("checkpoint", "track")
 # Rows from which a solver may begin; more would only cost memory.
 _INIT_ROWS = 32768
 
@@ -55,7 +58,7 @@ class Job:
         """What decides the result to the bit, and so whether a checkpoint belongs here."""
         keys = ("seed", "start", "solver")
         data = {key: value for key, value in self.table["data"].items() if key != "store"}
-        loop = {k: v for k, v in self.table["fit"].items() if not k.startswith("checkpoint")}
+        loop = {k: v for k, v in self.table["fit"].items() if not k.startswith(_NOT_RESULTS)}
         store = self.store.manifest.sha256()
         loop["batch_size"] = self.batch_size
         return {**{k: self.table.get(k) for k in keys}, "data": data, "fit": loop, "store": store}
@@ -125,6 +128,7 @@ def train(
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.closing(batches))
         log = stack.enter_context(_log(run, mark.log_bytes))
+        tell = stack.enter_context(tracking(config.fit.track or (), run, job.table, mark.step))
         bar = stack.enter_context(
             progress(
                 total=count,
@@ -168,6 +172,7 @@ def train(
                     bar.set_postfix_str(f"validation fvu_bulk {seen.fvu_bulk:.4f}", refresh=False)
                 finite = {key: v if math.isfinite(v) else None for key, v in line.items()}
                 log.write((json.dumps(finite) + "\n").encode())
+                tell(finite)
                 seconds = before + time.monotonic() - started
                 now = {"step": step, "state": state, "rows": batches.state}
                 now |= {"log_bytes": log.tell(), "seconds": seconds}

@@ -63,7 +63,7 @@ def show(path: Path) -> None:
 def describe(metadata: dict[str, Any]) -> str:
     """E.g. "ksvd, 2,048 atoms, at most 32 a token"."""
     solver = metadata["solver"]
-    _, k = _sparsity(solver)
+    _, k = sparsity(solver)
     most = "at most" if solver.get("variant", {}).get("name") not in _ON_AVERAGE else "about"
     free = "the tolerance takes" if "encoder" in solver else "lower the error"
     text = f"{most} {k} a token" if k else f"as many a token as {free}"
@@ -87,10 +87,10 @@ def _control(metadata: dict[str, Any]) -> str:
     encoder = metadata["encoder"]["name"]
     if encoder not in ("omp", "linear"):
         return encoder
-    return f"OMP with the same {'k' if _sparsity(metadata['solver'])[1] else 'tolerance'}"
+    return f"OMP with the same {'k' if sparsity(metadata['solver'])[1] else 'tolerance'}"
 
 
-def _sparsity(solver: dict[str, Any]) -> tuple[str | None, int | None]:
+def sparsity(solver: dict[str, Any]) -> tuple[str | None, int | None]:
     """Where k stands in the solver's table, and what it is."""
     for part in ("encoder", "variant"):
         if part in solver:
@@ -153,7 +153,7 @@ def _sibling(
         store, solver = of["store"]["manifest_sha256"], of["solver"]
         frozen = solver.get("frozen", False)
         settings = of["hook"], of["split"], of["data"], of["start"], frozen
-        return store, *settings, solver["n_atoms"], _sparsity(solver)[1]
+        return store, *settings, solver["n_atoms"], sparsity(solver)[1]
 
     finished = path.parent.glob(f"[!.]*/{artifact.METADATA}")
     for file in sorted(finished, key=lambda file: file.stat().st_mtime, reverse=True):
@@ -172,7 +172,7 @@ def _next(
     metadata: dict[str, Any],
     sibling: tuple[Path, dict[str, Any], dict[str, Any]] | None,
 ) -> list[str]:
-    key, k = _sparsity(metadata["solver"])
+    key, k = sparsity(metadata["solver"])
     half = f" --set {key}={max(1, (k or 64) // 2)}" if key else " --set seed=1"
     lines = [f"python -m dictlearn.fit {path / 'config.toml'}{half}"]
     if sibling is None and metadata["name"] == "quickstart":
