@@ -22,7 +22,7 @@ def load(path: Path | str) -> Run:
     """Load a run of ours, or another's dictionary: SAELens, Gemma Scope 1 and 2, sparsify.
 
     Arguments:
-      path: its directory, or a file in it.
+      path: its directory, or a file in it; "hf:OWNER/NAME" for a run of ours on the hub.
 
     Returns:
       The Run. Of another's, `metrics` is empty, and `metadata` holds "format", "hook",
@@ -32,6 +32,10 @@ def load(path: Path | str) -> Run:
       ArtifactError: there is none, a file is damaged, or it is of a kind that codes of one hook's
         rows cannot express exactly.
     """
+    if str(path).startswith("hf:"):
+        from dictlearn.interop import hub
+
+        return artifact.load(hub.pull(str(path).removeprefix("hf:")))
     path = Path(path)
     if path.is_file() and path.name in FORMATS:
         return FORMATS[path.name](path)
