@@ -93,7 +93,9 @@ def test_no_package_imports_one_above_it(package: str, above: tuple[str, ...]) -
         assert not of(imports(file, lazy=True), *above), file
 
 
-@pytest.mark.parametrize("module", ["dictlearn", "dictlearn.fit", "dictlearn.report"])
+@pytest.mark.parametrize(
+    "module", ["dictlearn.interop", "dictlearn.swap", "dictlearn.fit", "dictlearn.report"]
+)
 def test_no_language_model_library_is_loaded(module: str) -> None:
     code = f"import sys, {module}; print(*(n for n in sys.modules if '.' not in n))"
     done = subprocess.run(
@@ -102,3 +104,15 @@ def test_no_language_model_library_is_loaded(module: str) -> None:
     loaded = set(done.stdout.split())
     assert {"dictlearn", "jax"} <= loaded
     assert not loaded & HEAVY
+
+
+def test_the_package_itself_brings_in_little_and_has_its_names() -> None:
+    code = (
+        "import sys, dictlearn; assert 'jax' not in sys.modules, 'jax'; "
+        "assert set(dictlearn.__all__) <= set(dir(dictlearn)); "
+        "assert all(callable(getattr(dictlearn, name)) for name in dictlearn.__all__); "
+        "from dictlearn import load; assert load is dictlearn.load; "
+        "assert not hasattr(dictlearn, 'nothing')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
