@@ -34,7 +34,7 @@ class OMPSAE(MatchingPursuitSAE):
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         rows = self.process_sae_in(x)
         codes = omp(rows.reshape(-1, rows.shape[-1]).double(), self.W_dec.double(), self.cfg.k)
-        return codes.reshape(*rows.shape[:-1], -1).to(rows.dtype)
+        return codes.reshape(*rows.shape[:-1], codes.shape[-1]).to(rows.dtype)
 
 
 def omp(x: torch.Tensor, atoms: torch.Tensor, k: int) -> torch.Tensor:
