@@ -83,7 +83,10 @@ def measure(
         for family, envelope in told.items():
             metrics = envelope["eval_result_metrics"]
             found[family][cell.dictionary, cell.seed] = {
-                key: (metrics[category][key], _width(metrics[category].get(f"{key}_interval")))
+                f"{category}.{key}": (
+                    metrics[category][key],
+                    _width(metrics[category].get(f"{key}_interval")),
+                )
                 for category, key in FIGURES[family]
                 if metrics[category].get(key) is not None
             }
@@ -97,8 +100,11 @@ def _downstream(cells: list[Cell], runs: list[Run], place: Place) -> Values:
     of = {line["run"]: line for line in lines}
     return {
         (cell.dictionary, cell.seed): {
-            key: (of[str(run.path)][key], _width(of[str(run.path)].get(f"{key}_interval")))
-            for _, key in FIGURES["downstream"]
+            f"{category}.{key}": (
+                of[str(run.path)][key],
+                _width(of[str(run.path)].get(f"{key}_interval")),
+            )
+            for category, key in FIGURES["downstream"]
         }
         for cell, run in zip(cells, runs, strict=True)
     }
@@ -124,18 +130,17 @@ def grids(family: str, values: Values, against: str) -> list[Grid]:
     """The means, and the differences from one dictionary, of a family."""
     rows = list(dict.fromkeys(dictionary for dictionary, _ in values))
     keys = [f"{category}.{key}" for category, key in FIGURES[family]]
-    names = dict(zip(keys, (key for _, key in FIGURES[family]), strict=True))
 
     def of(row: str, key: str) -> dict[int, float]:
         found = {}
         for (dictionary, seed), own in values.items():
-            if dictionary == row and names[key] in own:
-                found[seed] = own[names[key]][0]
+            if dictionary == row and key in own:
+                found[seed] = own[key][0]
         return found
 
     means = [[row, *(swap_tables.shown_mean(list(of(row, key).values()), key) for key in keys)]
              for row in rows]  # fmt: skip
-    widths = [[own[names[key]][1] for own in values.values() if names[key] in own] for key in keys]
+    widths = [[own[key][1] for own in values.values() if key in own] for key in keys]
     means.append(["width of a run's own 95 %", *(_median(width) for width in widths)])
     apart = []
     for row in rows:

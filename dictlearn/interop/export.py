@@ -125,7 +125,7 @@ def convert(coder: Coder, *, omp: bool = False) -> Exported:
             "dictionaries cannot"
         )
     if omp and not isinstance(encoder, OMP):
-        raise UserError(f"export: --omp is for runs coded by omp, not by {encoder.name}")
+        raise UserError(f"export: --omp is for runs coded by omp, not by {_name(encoder)}")
     mean, scale, atoms, bias = (
         np.asarray(part, np.float64)
         for part in (
@@ -160,7 +160,7 @@ def convert(coder: Coder, *, omp: bool = False) -> Exported:
             both = unit if one_sided else np.concatenate([unit, -unit])
             return _pursuit(both, b_dec, encoder.k, 0.0, False)
     raise UserError(
-        f"export: SAELens has nothing like {encoder.name}; code the dictionary by a pursuit or a "
+        f"export: SAELens has nothing like {_name(encoder)}; code the dictionary by a pursuit or a "
         "linear encoder (dictlearn.recode, dictlearn.fit_encoder)"
     )
 
@@ -193,7 +193,7 @@ def _linear(
             )  # fmt: skip
             more = {"b_gate": folded, "r_mag": np.log(gain), "b_mag": shift + gain * folded}
             return Exported({"architecture": "gated"}, tensors | more)
-    raise UserError(f"export: SAELens has nothing like the activation {activation.name}")
+    raise UserError(f"export: SAELens has nothing like the activation {_name(activation)}")
 
 
 def _pursuit(
@@ -207,6 +207,10 @@ def _pursuit(
         "apply_b_dec_to_input": True,  # without it b_dec counts nowhere
     }
     return Exported(config, {"W_dec": w_dec, "b_dec": b_dec})
+
+
+def _name(part: Any) -> str:
+    return part.name
 
 
 def _metadata(run: Run) -> dict[str, Any]:
@@ -242,7 +246,7 @@ def main() -> None:
     print(f"{arguments.directory}: {architecture}, for SAELens")
     if architecture == "matching_pursuit" and not isinstance(run.coder.encoder, MPSAE):
         print(
-            f"its codes there are matching pursuit's, not {run.coder.encoder.name}'s: the run's "
+            f"its codes there are matching pursuit's, not {_name(run.coder.encoder)}'s: the run's "
             "figures are not theirs (--omp keeps OMP, with a plugin)"
         )
 

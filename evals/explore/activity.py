@@ -54,7 +54,7 @@ class Activity:
         Raises:
           UserError: there is no such feature.
         """
-        n_features = self.codes.shape[1]
+        n_features = len(self.codes.indptr) - 1
         if not 0 <= feature < n_features:
             raise UserError(f"feature {feature}: the dictionary has features 0 to {n_features - 1}")
         here = slice(*self.codes.indptr[feature : feature + 2])

@@ -215,7 +215,7 @@ def swaps(results: Results) -> list[Grid]:
             lambda name, column, size=(n_atoms, k): _shown(
                 mean(
                     _of(results, name, *size, dataclasses.replace(BULK, encoder=encoders[column]))
-                ), 4,
+                ), BULK,
             ),
         )
         for n_atoms, k in sizes(results)

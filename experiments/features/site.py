@@ -207,8 +207,8 @@ def _nearest(atoms: np.ndarray) -> list[list[tuple[int, float]]]:
 
 def _together(codes: scipy.sparse.csc_array) -> list[list[tuple[int, float]]]:
     """The features that fire with each one: tokens with both over tokens with either (Jaccard)."""
-    fires = codes.astype(np.float32)
-    fires.data[:] = 1
+    ones = np.ones(len(codes.data), np.float32)
+    fires = scipy.sparse.csc_array((ones, codes.indices, codes.indptr), codes.shape)
     count = np.diff(fires.indptr).astype(np.float32)
     rows = scipy.sparse.csr_array(fires.T)
 

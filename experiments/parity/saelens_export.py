@@ -26,7 +26,7 @@ import numpy as np
 
 from activations.terminal import UserError, run_command
 from dictlearn import load
-from dictlearn.artifact import Run
+from dictlearn.artifact import Run, hyperparameters
 from dictlearn.dictionary import Coder, Dictionary, Normaliser
 from dictlearn.encoders import activations
 from dictlearn.encoders.linear import Linear, Tied
@@ -107,7 +107,7 @@ def run_all(peer: str, folder: Path, runs: dict[str, Run]) -> list[dict[str, Any
     for name, run in runs.items():
         theirs = np.load(folder / f"{name}.npz")
         codes, x_hat = expected(run.coder, np.load(folder / f"{name}.npy"))
-        line: dict[str, Any] = {"name": name, "encoder": run.coder.encoder.name}
+        line: dict[str, Any] = {"name": name, "encoder": hyperparameters(run.coder.encoder)["name"]}
         same = ((codes != 0) == (theirs["codes"] != 0)).all(axis=1)
         line |= {"rows": int((~same).sum()), "of": len(same)}
         for key, own in (("codes", codes), ("x_hat", x_hat)):

@@ -47,8 +47,8 @@ def test_figures_are_those_of_each_run_and_done_once(
         told = json.loads((run / "evals" / "core.json").read_text())["eval_result_metrics"]
         own = found["core"][cell.dictionary, cell.seed]
         low, high = told["headline"]["ce_increase_interval"]
-        assert own["ce_increase"] == (told["headline"]["ce_increase"], high - low)
-        assert own["l0"] == (told["sparsity"]["l0"], None)
+        assert own["headline.ce_increase"] == (told["headline"]["ce_increase"], high - low)
+        assert own["sparsity.l0"] == (told["sparsity"]["l0"], None)
 
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("done again")
@@ -69,7 +69,7 @@ def test_what_the_model_loses_is_that_of_the_replay(
     for line in lines:
         name = "gaussian" if "gaussian" in line["run"] else "data_rows"
         low, high = line["ce_increase_interval"]
-        assert found[name, 0]["ce_increase"] == (line["ce_increase"], high - low)
+        assert found[name, 0]["plain.ce_increase"] == (line["ce_increase"], high - low)
 
 
 def test_differences_are_paired_and_the_smallest_is_detected_in_80_percent_of_trials() -> None:
@@ -88,9 +88,9 @@ def test_differences_are_paired_and_the_smallest_is_detected_in_80_percent_of_tr
 
 def test_the_table_pairs_by_seed_and_tells_what_is_missing() -> None:
     rows = {
-        ("ksvd", 0): {"kl": (1.0, 0.2)}, ("topk", 0): {"kl": (1.5, 0.4)},
-        ("ksvd", 1): {"kl": (3.0, 0.2)}, ("topk", 1): {"kl": (3.7, 0.4)},
-        ("topk", 2): {"kl": (9.0, None)},
+        ("ksvd", 0): {"headline.kl": (1.0, 0.2)}, ("topk", 0): {"headline.kl": (1.5, 0.4)},
+        ("ksvd", 1): {"headline.kl": (3.0, 0.2)}, ("topk", 1): {"headline.kl": (3.7, 0.4)},
+        ("topk", 2): {"headline.kl": (9.0, None)},
     }  # fmt: skip
     means, apart = findings.grids("core", rows, "ksvd")
     column = means[1].index("headline.kl")
