@@ -122,7 +122,7 @@ def main() -> None:
         replace_file(own, json.dumps(table, indent=1, default=str).encode())
         with contextlib.suppress(KeyboardInterrupt):
             failed = run(missing, own, place / "logs", workers)
-    finished = [cell for cell in every if done(sweep, cell)]
+    finished = [cell for cell in every if cell not in missing or done(sweep, cell)]
     if finished:
         found = Results(sweep, finished)
         found.write(place)

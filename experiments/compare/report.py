@@ -88,11 +88,12 @@ def write_report(results: Results, place: Path, *, n_cells: int) -> None:
             plots.append((f"{y.title} against {x.title}", name, drawn[drawn.index("<svg") :]))
     sweep = results.sweep
     tables = [*verdicts(results), *means(results), *swaps(results)]
+    n_judged = _n_judged(results)
     told = {
         "name": sweep.name, "hook": sweep.data.hook, "store": str(sweep.data.store),
         "seeds": len(sweep.seeds), "base": sweep.base, "n_cells": n_cells,
-        "n_done": len(results.cells), "comparisons": _n_judged(results),
-        "expected": round(0.05 * _n_judged(results), 1),
+        "n_done": len(results.cells), "comparisons": n_judged,
+        "expected": round(0.05 * n_judged, 1),
         "tables": tables, "plots": plots,
         "dictionaries": {
             name: json.dumps({"solver": one.solver, "fit": one.fit} | (
@@ -180,12 +181,13 @@ def verdict(apart: Interval, shown: Shown, l0: list[float]) -> str:
 
 
 def _n_judged(results: Results) -> int:
-    """How many verdicts there are."""
+    """How many verdicts there are: pairs of as many seeds as a verdict takes."""
+    base = results.sweep.base
     return sum(
-        difference(*(_of(results, one, *size, shown) for one in (name, results.sweep.base))).n
+        len(_of(results, name, *size, shown).keys() & _of(results, base, *size, shown).keys())
         >= LEAST_SEEDS
         for size in sizes(results)
-        for name in results.sweep.dictionaries if name != results.sweep.base
+        for name in results.sweep.dictionaries if name != base
         for shown in _there(results, JUDGED)
     )  # fmt: skip
 
