@@ -6,9 +6,10 @@ each, by a hash of all that they depend on. Any of them may be deleted at any ti
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +42,25 @@ def kept(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """
     if (found := read(file)) is not None:
         return found
-    try:
+    lock = filelock.FileLock(file.with_suffix(".lock"))
+    with _writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(file.with_suffix(".lock")):
-            found = read(file)
-            if found is None:
-                found = make()
+        lock.acquire()
+    try:
+        found = read(file)
+        if found is None:
+            found = make()  # whose own errors are not the folder's
+            with _writing(file):
                 replace_file(file, sealed(found).encode())
-            return found
+        return found
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def _writing(file: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UserError(
             f"{file.parent}: answers cannot be kept ({error.strerror or error}); name a folder "

@@ -144,6 +144,8 @@ def summary(
             found[method] |= dict(zip(names, map(float, means), strict=True))
             apart = partial(_apart, units[0], own)
             found[method] |= _figure(above, apart, len(own), seed)
+        found[methods[0]] |= {above: None, f"{above}_interval": None}
+        null[f"{methods[0]}.{above}"] = "is the feature's difference from itself"
     return found, null
 
 

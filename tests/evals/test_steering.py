@@ -356,6 +356,8 @@ def test_the_kl_is_chosen_on_one_half_and_scored_on_the_other() -> None:
     low, high = found["other"]["feature_above_interval"]
     assert low == pytest.approx(difference)  # all prompts are alike
     assert high == pytest.approx(difference)
+    assert found["feature"]["feature_above"] is None
+    assert "itself" in null["feature.feature_above"]
     assert found["feature"]["judge_score"] is None
     assert "judge" in null["feature.judge_score"]
 
