@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from activations.models import Model
 from activations.terminal import UserError
@@ -28,6 +28,8 @@ class Attribution:
       position, feature, code, effect: of every code that is not 0, the greatest |effect| first.
       error, offset: of each position: of what the dictionary does not explain, and of its bias and
         the normaliser's mean.
+      special: whether a position holds a special token, such as BOS. Dictionaries are fitted
+        without them: they have no codes here, and what they say is in `error`.
     """
 
     tokens: list[str]
@@ -39,6 +41,7 @@ class Attribution:
     effect: Float[np.ndarray, " n"]
     error: Float[np.ndarray, " c"]
     offset: Float[np.ndarray, " c"]
+    special: Bool[np.ndarray, " c"]
 
 
 def attribute(
@@ -50,8 +53,7 @@ def attribute(
         g_t = d log p(target | prompt) / d x_t
 
     An effect is what the prediction would fall by if the part were taken out, were the model linear
-    behind the hook: for whole features it is a guess, tested by `steer(..., mode="ablate")`. BOS
-    has effects too, though dictionaries are fitted without it.
+    behind the hook: for whole features it is a guess, tested by `steer(..., mode="ablate")`.
 
     Arguments:
       target: a text of one token or more, of which the first counts; the likeliest, if left out.
@@ -87,7 +89,10 @@ def attribute(
     x, g = (a[0].detach().flatten(1).float().cpu().numpy() for a in (seen[0], slope))
     codes, x_hat = coded(coder, x)
     atoms, offset = frame(coder)
-    codes = codes.tocoo()
+    special = np.isin(ids, tokenizer.all_special_ids)
+    x_hat = np.where(special[:, None], offset.astype(x_hat.dtype), x_hat)
+    codes = codes.multiply(~special[:, None]).tocoo()
+    codes.eliminate_zeros()
     effect = codes.data * np.einsum("nd,nd->n", atoms[codes.col], g[codes.row].astype(np.float64))
     order = np.argsort(-np.abs(effect), kind="stable")
     return Attribution(
@@ -95,4 +100,5 @@ def attribute(
         float(log_p.detach()),
         codes.row[order], codes.col[order], codes.data[order].astype(float), effect[order],
         ((x - x_hat) * g).sum(axis=1, dtype=np.float64), g.astype(np.float64) @ offset,
+        special,
     )  # fmt: skip

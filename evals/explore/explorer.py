@@ -129,7 +129,8 @@ class Explorer:
         ]
         rest = float(seen.effect[n:].sum())
         rows.append([f"{max(len(seen.effect) - n, 0)} others", "", "", f"{rest:+.4f}"])
-        rows.append(["error", "all", "", f"{float(seen.error.sum()):+.4f}"])
+        for name, own in (("error", ~seen.special), ("special tokens", seen.special)):
+            rows.append([name, "all", "", f"{float(seen.error[own].sum()):+.4f}"])
         rows.append(["offset", "all", "", f"{float(seen.offset.sum()):+.4f}"])
         title = (
             f"log p({visible(seen.target)!r}) = {seen.log_p:.3f}: effects of the first order, nats"

@@ -156,6 +156,8 @@ def test_effects_are_slopes_and_their_sum_is_all_of_x(look: Explorer) -> None:
     seen = attribute(coder, model, HOOK, prompt, "dog")
     assert seen.log_p < attribute(coder, model, HOOK, prompt).log_p  # that of the likeliest
     assert (np.diff(np.abs(seen.effect)) <= 0).all()
+    np.testing.assert_array_equal(seen.special, np.arange(len(seen.tokens)) == 0)
+    assert (seen.position > 0).all()  # BOS was not in the fit
     atoms = frame(coder)[0]
     ids = [model.tokenizer.bos_token_id, *model.tokenizer(prompt)["input_ids"]]
     target = model.tokenizer("dog")["input_ids"][0]
