@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import functools
+import fractions
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from activations.writer import write_store
 from dictlearn.config import DataConfig, FitConfig, LoopConfig
 from dictlearn.encoders.matryoshka_omp import MatryoshkaOMP
 from dictlearn.encoders.mp import MP
+from dictlearn.encoders.nn_omp import NonNegativeOMP
 from dictlearn.encoders.omp import OMP
 from dictlearn.solvers.ksvd import KSVD
 from dictlearn.solvers.sae import SAE
@@ -35,36 +37,19 @@ from experiments.compare.sweep import Sweep, cells
 
 ROOT = Path(__file__).parents[2]
 PAGES = ROOT / "experiments/docs/pages"
+RECIPE = PAGES / "add-a-solver.md"
+FILES = {str(file.relative_to(PAGES)): file for file in sorted(PAGES.rglob("*.md"))}
+FILES["README.md"] = ROOT / "README.md"
 FENCE = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
-# By a key that only these have.
-KINDS = {
-    "base": TransplantConfig, "methods": transplant.EvalConfig, "dictionaries": Sweep,
-    "solver": FitConfig,
-}  # fmt: skip
-# Of a page's sections the classes whose fields their tables name; the first column has the keys.
-TABLES = {
-    "config.md": {
-        "Top level": [FitConfig], "`[data]`": [DataConfig], "`[fit]`": [LoopConfig],
-    },
-    "harvesting.md": {"Keys": [HarvestConfig]},
-    "methods/ksvd.md": {"Keys": [KSVD]},
-    "methods/omp.md": {"Keys": [OMP, MP, MatryoshkaOMP]},
-    "methods/sae.md": {"Keys": [SAE]},
-    "methods/snmf.md": {"Keys": [SNMF]},
-    "methods/untrained.md": {"Keys": [Untrained]},
-    "methods/transplant.md": {"Keys": [OMPMixing]},
-}  # fmt: skip
 
 
-def blocks(page: str, language: str) -> list[tuple[str, str]]:
+def blocks(file: Path, language: str) -> list[tuple[str, str]]:
     """Titles and contents of a page's code blocks."""
-    found = FENCE.findall((PAGES / page).read_text(encoding="utf-8"))
+    found = FENCE.findall(file.read_text(encoding="utf-8"))
     return [(title, text) for own, title, text in found if own == language]
 
 
-def section(page: str, heading: str) -> str:
-    text = (PAGES / page).read_text(encoding="utf-8")
-    return re.split(r"^## ", text.split(f"## {heading}\n", 1)[1], flags=re.MULTILINE)[0]
+# Pages
 
 
 def test_the_site_builds_strictly(tmp_path: Path) -> None:
@@ -72,23 +57,37 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
     places = ["-f", ROOT / "experiments/docs/mkdocs.yml", "--site-dir", tmp_path / "site"]
     done = subprocess.run([*command, *places], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    text = (tmp_path / "site/methods/ksvd.html").read_text(encoding="utf-8")
-    assert not re.findall(r'<(?:link|script|img)[^>]*(?:href|src)="(?:https?:)?//', text)
+    text = (tmp_path / "site/api/solvers.html").read_text(encoding="utf-8")
+    assert "dictlearn.solvers.ksvd.KSVD" in text
+    fetched = r'<(?:link|script|img)[^>]*(?:href|src)="(?:https?:)?//'
+    assert not re.findall(fetched, text), "a page fetches something from elsewhere"
 
 
-@functools.cache
-def configs() -> list[tuple[str, str]]:
-    files = sorted(PAGES.rglob("*.md"))
-    names = [str(file.relative_to(PAGES)) for file in files]
-    return [(name, text) for name in names for _, text in blocks(name, "toml")]
+def test_links_of_the_readme_lead_somewhere() -> None:
+    text = FILES["README.md"].read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)#]+)(?:#([^)]+))?\)", text)
+    assert links
+    for place, anchor in links:
+        assert (ROOT / place).exists(), place
+        titles = re.findall(r"^#+ (.*)$", (ROOT / place).read_text(encoding="utf-8"), re.MULTILINE)
+        assert not anchor or anchor in [title.lower().replace(" ", "-") for title in titles]
 
 
-@pytest.mark.parametrize("index", range(len(configs())), ids=lambda i: f"{i}-{configs()[i][0]}")
-def test_a_config_on_a_page_is_valid(index: int) -> None:
-    page, text = configs()[index]
+# Configs
+
+CONFIGS = [(name, text) for name, file in FILES.items() for _, text in blocks(file, "toml")]
+# By a key that only these have.
+KINDS = {
+    "base": TransplantConfig, "methods": transplant.EvalConfig, "dictionaries": Sweep,
+    "solver": FitConfig,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("page", "text"), CONFIGS, ids=[name for name, _ in CONFIGS])
+def test_a_config_on_a_page_is_valid(page: str, text: str) -> None:
     table = tomllib.loads(text)
-    if page == "add-a-solver.md":
-        table["solver"]["name"] = "ksvd"  # the recipe's own solver is tried below
+    if FILES[page] == RECIPE:
+        table["solver"]["name"] = "ksvd"  # its own solver is tried below
     kind = next((kind for key, kind in KINDS.items() if key in table), run.EvalConfig)
     found = validate(kind, table, page)
     if isinstance(found, Sweep):
@@ -101,65 +100,93 @@ def test_a_config_on_a_page_is_valid(index: int) -> None:
             validate(run.FAMILIES[name].config, table[name] | {"hook": "h"}, page)
 
 
-@pytest.mark.parametrize("page", TABLES)
-def test_keys_of_tables_exist_and_none_is_missing(page: str) -> None:
-    for heading, kinds in TABLES[page].items():
-        rows = re.findall(r"^\| ((?:`[a-z_]+`(?:, )?)+) \|(.*)$", section(page, heading), re.M)
-        keys = {key for names, _ in rows for key in re.findall(r"`([a-z_]+)`", names)}
-        fields = {f.name: f for kind in kinds for f in dataclasses.fields(kind)}
-        told = keys & set(fields)
-        assert keys <= set(fields) | {*run.FAMILIES, *_names(), *PLAIN}, keys - set(fields)
-        tables = {"name", "data", "solver", "fit", "harvest"}  # told by headings
-        assert set(fields) - told <= tables, set(fields) - told
-        for names, rest in rows:  # a default that is told is the default
-            if len(re.findall("`", names)) == 2 and (key := names.strip("`")) in fields:
-                _check_default(fields[key], rest, page)
+# Tables of keys: page, section, the classes whose fields they tell, what else stands in first cells
+ENCODERS = {"omp", "nn_omp", "mp", "matryoshka_omp", "nnls"}
+METHODS = {
+    "omp", "neighbours", "subword_mean", "landmarks", "focus", "wechsel", "mean", "random", "zero",
+}  # fmt: skip
+TABLES: list[tuple[str, str, list[Any], set[str]]] = [
+    ("config.md", "Top level", [FitConfig], set()),
+    ("config.md", "`[data]`", [DataConfig], set()),
+    ("config.md", "`[fit]`", [LoopConfig], set()),
+    ("harvesting.md", "Keys", [HarvestConfig], set()),
+    ("methods/ksvd.md", "Keys", [KSVD], set()),
+    ("methods/omp.md", "Keys", [NonNegativeOMP, MatryoshkaOMP, MP, OMP], ENCODERS),
+    ("methods/sae.md", "Keys", [SAE], set()),
+    ("methods/snmf.md", "Keys", [SNMF], set()),
+    ("methods/untrained.md", "Keys", [Untrained], set()),
+    ("methods/transplant.md", "Keys", [OMPMixing], METHODS),
+]
+# Sections of their own, or told by what chooses the class.
+ELSEWHERE = {"name", "data", "solver", "fit", "harvest"}
 
 
-# First cells of tables in these sections that name values or methods, not keys.
-PLAIN = {"neighbours", "subword_mean", "landmarks", "focus", "wechsel", "mean", "random", "zero"}
-
-
-def _names() -> set[str]:
-    return {"omp", "nn_omp", "mp", "matryoshka_omp", "nnls"}
-
-
-def _check_default(field: Any, rest: str, page: str) -> None:
-    for cell in rest.split("|")[:2]:
-        if (told := re.match(r"^ `([^`]+)` $", cell)) is None:
+@pytest.mark.parametrize(
+    ("page", "heading", "kinds", "others"), TABLES, ids=[f"{row[0]} {row[1]}" for row in TABLES]
+)
+def test_tables_name_every_key_with_its_default(
+    page: str, heading: str, kinds: list[Any], others: set[str]
+) -> None:
+    text = FILES[page].read_text(encoding="utf-8").split(f"\n## {heading}\n", 1)[1]
+    text = text.split("\n## ", 1)[0]
+    fields = {field.name: field for kind in kinds for field in dataclasses.fields(kind)}
+    told: set[str] = set()
+    for line in text.splitlines():
+        first, *rest = [cell.strip() for cell in line.strip("|").split(" | ")]
+        if not line.startswith("| `") or not re.fullmatch(r"(`[a-z_]+`(, )?)+", first):
             continue
-        text = told[1].replace("_", "") if re.match(r"^[\d_.]+$", told[1]) else told[1]
-        try:
-            value = eval(text, {"__builtins__": {}}, {"true": True, "false": False})
-        except (NameError, SyntaxError):
-            continue  # the "of" column of omp.md
-        assert value == field.default, (page, field.name, value, field.default)
+        keys = re.findall(r"`([a-z_]+)`", first)
+        told |= {*keys}
+        for cell in rest[:2] if keys[0] in fields else []:
+            if (default := _value(cell)) is not None:
+                assert [fields[key].default for key in keys] == [default] * len(keys), line
+    assert told <= fields.keys() | others
+    assert fields.keys() - ELSEWHERE <= told
+
+
+def _value(cell: str) -> Any:
+    """What a cell that is all code says; None where it says something else."""
+    if (code := re.fullmatch(r"`([^`]+)`", cell)) is None:
+        return None
+    if re.fullmatch(r"\d+/\d+", code[1]):
+        return float(fractions.Fraction(code[1]))
+    try:
+        return tomllib.loads(f"value = {code[1]}")["value"]
+    except tomllib.TOMLDecodeError:
+        return None
+
+
+# Messages
 
 
 def test_messages_are_what_the_code_says() -> None:
-    known = "\n".join(_strings())
-    for _, text in blocks("errors.md", "text"):
+    known = "\n".join(_texts())
+    for _, text in blocks(PAGES / "errors.md", "text"):
         parts = [re.escape(part.strip()) for part in text.strip().split("…") if part.strip()]
         assert re.search("[^\n]*".join(parts), known), text
 
 
-def _strings() -> list[str]:
-    """Every text in the code, one a line; what is filled in becomes a space."""
-    found = []
+def _texts() -> Iterator[str]:
+    """Every text in the code on one line; a gap where something is filled in."""
     mend = "Restore the file, or delete the store and harvest again."
-    for file in (
-        f for top in ("activations", "dictlearn", "evals") for f in (ROOT / top).rglob("*.py")
-    ):
+    files = [
+        file for top in ("activations", "dictlearn", "evals") for file in (ROOT / top).rglob("*.py")
+    ]
+    for file in files:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.JoinedStr):
-                names = [
-                    ast.unparse(v) if isinstance(v, ast.FormattedValue) else v.value
-                    for v in node.values
-                ]  # type: ignore[attr-defined]
-                found.append("".join(mend if "MEND" in name else name for name in names))
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(node.value)
-    return [text.replace("\n", " ") for text in found]
+            text = ""
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                text = node.value
+            elif isinstance(node, ast.JoinedStr):
+                for part in node.values:
+                    if isinstance(part, ast.Constant):
+                        text += str(part.value)
+                    else:
+                        text += mend if "MEND" in ast.unparse(part) else " "
+            yield text.replace("\n", " ")
+
+
+# The recipe
 
 
 def apply(file: Path, diff: str) -> None:
@@ -174,32 +201,22 @@ def apply(file: Path, diff: str) -> None:
     file.write_text(text, encoding="utf-8")
 
 
-def test_the_recipe_for_a_solver_can_be_followed(tmp_path: Path) -> None:
-    page = "add-a-solver.md"
-    for name in ("activations", "dictlearn", "tests/dictlearn"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "tests/conftest.py"):
-        shutil.copy(ROOT / name, tmp_path / name)
-    for title, text in blocks(page, "python") + blocks(page, "toml"):
-        assert not (tmp_path / title).exists()
-        (tmp_path / title).write_text(text, encoding="utf-8")
-    for title, text in blocks(page, "diff"):
-        apply(tmp_path / title, text)
-
+def make_store(path: Path, hook: str) -> None:
+    """Six documents of 500 rows, each of 3 among 300 atoms in 16 dimensions."""
     rng = np.random.default_rng(0)
-    hook, n, d = "blocks.9.hook_resid_post", 500, 16
+    n, d = 500, 16
     atoms = rng.standard_normal((300, d))
 
     def shard(index: int) -> dict[str, np.ndarray]:
-        codes = rng.standard_normal((n, 3))
-        x = np.einsum("nk,nkd->nd", codes, atoms[rng.integers(300, size=(n, 3))])
-        column = np.zeros(n, np.int32)
-        columns = dict.fromkeys(("token", "sequence", "position"), column)
-        rows = {f"activations/{hook}": x.astype(np.float32)}
-        return {**rows, **columns, "document": np.full(n, index, np.int32)}
+        x = np.einsum(
+            "nk,nkd->nd", rng.standard_normal((n, 3)), atoms[rng.integers(300, size=(n, 3))]
+        )
+        columns = dict.fromkeys(("token", "sequence", "position"), np.zeros(n, np.int32))
+        document = np.full(n, index, np.int32)
+        return {f"activations/{hook}": x.astype(np.float32), **columns, "document": document}
 
     write_store(
-        tmp_path / "stores/quickstart",
+        path,
         map(shard, range(6)),
         sequences=np.zeros((6, 2, 8)),
         vocabulary={},
@@ -213,12 +230,28 @@ def test_the_recipe_for_a_solver_can_be_followed(tmp_path: Path) -> None:
         shard_sequences=1,
         dropped_positions=("special",),
     )
-    commands = [text.strip() for title, text in blocks(page, "sh") if title == "run"]
-    assert len(commands) == 2
-    python = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    # A worker of pytest-xdist tells its cores by these; the command is no worker.
+
+
+def test_the_recipe_for_a_solver_can_be_followed(tmp_path: Path) -> None:
+    ignore = shutil.ignore_patterns("__pycache__")
+    for name in ("activations", "dictlearn", "tests/dictlearn"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignore)
+    for name in ("pyproject.toml", "tests/conftest.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    for title, text in blocks(RECIPE, "python") + blocks(RECIPE, "toml"):
+        assert not (tmp_path / title).exists()
+        (tmp_path / title).write_text(text, encoding="utf-8")
+    for title, text in blocks(RECIPE, "diff"):
+        apply(tmp_path / title, text)
+    make_store(tmp_path / "stores/quickstart", "blocks.9.hook_resid_post")
+    # The commands are no workers of a pytest-xdist around this test.
     own = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
-    own |= {"PYTHONPATH": str(tmp_path), "PATH": python}
+    own |= {
+        "PYTHONPATH": str(tmp_path),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    commands = [text for title, text in blocks(RECIPE, "sh") if title == "run"]
+    assert [command.split()[2] for command in commands] == ["pytest", "dictlearn.fit"]
     for command in commands:
         done = subprocess.run(
             ["bash", "-c", command], cwd=tmp_path, env=own, capture_output=True, text=True,
