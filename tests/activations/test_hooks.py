@@ -84,7 +84,7 @@ def at(layer: int, *names: str) -> tuple[str, ...]:
 
 
 def canonical(family: str, layer: int) -> dict[str, int]:
-    """The hooks of README's table, and their widths."""
+    """The hooks of the table in experiments/docs/pages/harvesting.md, and their widths."""
     names = dict.fromkeys(("hook_resid_pre", "hook_resid_post", "hook_attn_out", "hook_mlp_out"), D)
     names |= {"attn.hook_z": D, "mlp.hook_post": MLP}
     if family != "pythia":
