@@ -7,26 +7,38 @@ evals. PLACE/cells/CELL.json has the figures, CELL.npz the sums over each docume
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import equinox as eqx
 import numpy as np
 
-from activations.config import validate
+from activations.config import read_toml, validate
 from activations.files import replace_file, replacing
 from activations.store import Store
 from activations.terminal import UserError, run_command
-from dictlearn import heldout
+from dictlearn import artifact, fit_encoder, heldout
 from dictlearn.artifact import Run, finite
+from dictlearn.checkpoint import CheckpointError
+from dictlearn.config import FitConfig, recipe_of, resolved
+from dictlearn.encoders import activations
+from dictlearn.encoders.base import AbstractEncoder
+from dictlearn.encoders.linear import Tied
+from dictlearn.encoders.nn_omp import NonNegativeOMP
+from dictlearn.encoders.omp import OMP
+from dictlearn.fit import fit, go_on
+from dictlearn.solvers.sae_variants import AbsTopK
 from dictlearn.swap import job_of
 from evals import run as evals_run
 from evals.run import Subject
 from experiments import lines
-from experiments.compare.sweep import Cell, Sweep, cells
-from experiments.swap import encoder_of, fitted
+from experiments.compare.sweep import Cell, EncoderName, Sweep, cells
 
+# Of the encoder that is distilled onto a dictionary.
+DISTILLED = {"learning_rate": 3e-3, "epochs": 10.0}
 # Of the fit, in the table; of other encoders the first ones.
 _CODED = ("fvu", "fvu_bulk", "l0", "median_error", "cosine", "frac_alive")
 FIT = (*_CODED, "twins", "coherence", "seconds")
@@ -42,6 +54,8 @@ def identity(sweep: Sweep, cell: Cell) -> dict[str, Any]:
         "encoders": list(sweep.encoders),
         "evals": settings,
     }
+    if "distilled" in sweep.encoders:
+        told["distilled"] = DISTILLED
     return json.loads(json.dumps(told | lines.settings_of(cell.config), default=str))
 
 
@@ -82,6 +96,61 @@ def measure(sweep: Sweep, cell: Cell) -> None:
         np.savez(file, **sums)  # pyright: ignore
     text = json.dumps(finite({"identity": own, "rows": rows}), indent=1, allow_nan=False)
     replace_file(told, text.encode())
+
+
+def fitted(config: FitConfig, sha256: str) -> Run:
+    """The run of a config: as it stands there, or gone on with, or fitted anew.
+
+    Arguments:
+      sha256: of the store's manifest.
+    """
+    output = config.output
+    assert output is not None
+    wanted = resolved(config, recipe_of(config, config.name))
+    if _stands(output) and read_toml(output / "config.toml", []) == wanted:
+        run = artifact.load(output)
+        if run.metadata["store"]["manifest_sha256"] == sha256:
+            return run
+    shutil.rmtree(_encoder_place(output), ignore_errors=True)  # it was of other atoms
+    begun = (output / artifact.UNFINISHED).exists() and (output / artifact.CHECKPOINT).exists()
+    if begun and read_toml(output / "config.toml", []) == wanted:
+        with contextlib.suppress(CheckpointError):  # damaged, or of another store
+            return artifact.load(go_on(output))
+    return artifact.load(fit(config, where=config.name, overwrite=True))
+
+
+def _stands(run: Path) -> bool:
+    return (run / artifact.METADATA).exists() and not (run / artifact.UNFINISHED).exists()
+
+
+def _encoder_place(run: Path) -> Path:
+    return run.with_name(f"{run.name}-encoder")
+
+
+def encoder_of(name: EncoderName, run: Run, k: int) -> AbstractEncoder:
+    """An encoder by its name. A distilled one is fitted, unless its run stands there already."""
+    match name:
+        case "own":
+            return run.coder.encoder
+        case "omp":
+            return OMP(k=k)
+        case "nn_omp":
+            return NonNegativeOMP(k=k)
+        case "tied":
+            return Tied(activations.AbsTopK(k))
+    output, variant = _encoder_place(run.path), AbsTopK(k=k)
+    if _stands(output):
+        table = read_toml(output / "config.toml", [])
+        there = {
+            "learning_rate": table["solver"]["learning_rate"],
+            "epochs": table["fit"]["epochs"],
+        }
+        if there == DISTILLED and table["solver"]["variant"] == artifact.hyperparameters(variant):
+            return artifact.load(output).coder.encoder
+    rate, epochs = DISTILLED["learning_rate"], DISTILLED["epochs"]
+    return fit_encoder(
+        run, variant, learning_rate=rate, epochs=epochs, output=output, overwrite=True
+    )
 
 
 def _coded(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,61 +17,21 @@ from matplotlib.figure import Figure as Canvas
 
 from activations.files import replace_file
 from experiments.compare.results import Interval, Results, difference, mean
+from experiments.compare.shown import BULK, JUDGED, L0, PLOTS, TABLED, Shown
 
 # Below it nothing is called better or worse.
 LEAST_SEEDS = 5
 # L0 that differ by more are told beside a verdict.
 _SAME_L0 = 0.05
-
-
-@dataclasses.dataclass(frozen=True)
-class Shown:
-    """A figure that the report shows.
-
-    Attributes:
-      better: "lower" or "higher"; "" where neither is.
-      encoder: by which the dictionary is coded.
-      varies: whether its interval is shown: times vary with the machine.
-    """
-
-    title: str
-    family: str
-    figure: str
-    better: str
-    encoder: str = "own"
-    digits: int = 4
-    varies: bool = True
-
-
-BULK = Shown("fvu_bulk", "fit", "fvu_bulk", "lower")
-BULK_OMP = Shown("fvu_bulk, coded by OMP", "fit", "fvu_bulk", "lower", "omp")
-FVU = Shown("fvu", "fit", "fvu", "lower")
-CE = Shown("CE increase, nats", "core", "headline.ce_increase", "lower")
-L0 = Shown("L0", "fit", "l0", "", digits=1)
-SECONDS = Shown("seconds of the fit", "fit", "seconds", "lower", digits=0, varies=False)
-ALIVE = Shown("alive", "fit", "frac_alive", "higher")
-PROBING = tuple(
-    Shown(f"probing, {k} latent{'s' * (k > 1)}", "sparse_probing",
-          f"sae.sae_top_{k}_test_accuracy", "higher")
-    for k in (1, 5)
-)  # fmt: skip
-# Neither is better: atoms that know nothing of letters absorb nothing.
-ABSORPTION = (Shown("absorption", "absorption", "mean.mean_absorption_fraction_score", ""),)
-JUDGED = (BULK, BULK_OMP, FVU, CE, *PROBING, *ABSORPTION)
-TABLED = (BULK, FVU, CE, *PROBING, *ABSORPTION, L0, ALIVE, SECONDS)
-# y against x, both with intervals over seeds.
-PLOTS = ((BULK, L0), (FVU, L0), (CE, L0), (BULK, SECONDS), (ALIVE, L0),
-         *((shown, L0) for shown in (*PROBING, *ABSORPTION)))  # fmt: skip
-
+_OWN_WIDTH = "width of a cell's own 95 %"
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """A table: a title, what it says, heads, and rows of text."""
+    """A table: a title, heads, and rows of text."""
 
     title: str
-    note: str
     heads: list[str]
     rows: list[list[str]]
 
@@ -152,7 +113,6 @@ def verdicts(results: Results) -> list[Grid]:
         found.append(
             Grid(
                 f"Against {base}: m = {n_atoms}, k = {k}",
-                "Difference of the means over seeds, with its 95 % interval.",
                 ["", *(shown.title for shown in columns)],
                 rows,
             )
@@ -193,17 +153,31 @@ def _n_judged(results: Results) -> int:
 
 
 def means(results: Results) -> list[Grid]:
-    """Every dictionary's figures."""
+    """Every dictionary's figures, and how wide a cell's own intervals are."""
     columns = _there(results, TABLED)
-    return [
-        _grid(
-            results, f"Means: m = {n_atoms}, k = {k}", [shown.title for shown in columns],
-            lambda name, column, size=(n_atoms, k): _shown(
+    found = []
+    for size in sizes(results):
+        grid = _grid(
+            results, f"Means: m = {size[0]}, k = {size[1]}", [shown.title for shown in columns],
+            lambda name, column, size=size: _shown(
                 mean(_of(results, name, *size, columns[column])), columns[column]
             ),
-        )
-        for n_atoms, k in sizes(results)
+        )  # fmt: skip
+        widths = [_width(results, *size, shown) for shown in columns]
+        found.append(dataclasses.replace(grid, rows=[*grid.rows, [_OWN_WIDTH, *widths]]))
+    return found
+
+
+def _width(results: Results, n_atoms: int, k: int, shown: Shown) -> str:
+    """Median over cells. Seeds share texts and prompts: their spread alone is too narrow."""
+    wanted = (shown.family, shown.figure, shown.encoder, n_atoms)
+    keys = ("family", "figure", "encoder", "n_atoms")
+    widths = [
+        row["high"] - row["low"] for row in results.rows
+        if tuple(row[key] for key in keys) == wanted and row["k"] in (k, None)
+        and None not in (row["low"], row["high"])
     ]  # fmt: skip
+    return f"{statistics.median(widths):.{shown.digits}f}" if widths else ""
 
 
 def swaps(results: Results) -> list[Grid]:
@@ -229,7 +203,7 @@ def _grid(results: Results, title: str, heads: list[str], cell: Callable[[str, i
         [name, *(cell(name, column) for column in range(len(heads)))]
         for name in results.sweep.dictionaries
     ]
-    return Grid(title, "Means over seeds, with 95 % intervals.", ["", *heads], rows)
+    return Grid(title, ["", *heads], rows)
 
 
 def _shown(of: Interval, shown: Shown) -> str:

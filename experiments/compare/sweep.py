@@ -113,8 +113,13 @@ def cells(sweep: Sweep, where: str) -> list[Cell]:
     """All of them, the seeds outermost, so that tables are whole early.
 
     Raises:
-      UserError: one of them cannot be fitted; the message names it.
+      UserError: one of them cannot be fitted, and the message names it; settings of a family are
+        wrong.
     """
+    for family in sweep.evals:
+        hook = {"hook": sweep.settings.hook or sweep.data.hook}
+        told = getattr(sweep.settings, family)
+        validate(FAMILIES[family].config, told | hook, where, f"settings.{family}.")
     found = []
     grid = itertools.product(sweep.seeds, sweep.n_atoms, sweep.k, sweep.dictionaries)
     for seed, n_atoms, k, dictionary in grid:
