@@ -1,7 +1,8 @@
-"""Quality against what it costs:  python -m experiments.budget --store DIR --hook H --out DIR ...
+"""Quality against what it costs:  python -m experiments.budget SWEEP --system ksvd --epochs 1,4,12.
 
-Every system is fitted to its end for each number of epochs (a schedule that is cut short tells
-nothing), an SAE for each learning rate too. A line a fit goes to OUT/results.jsonl; what has its
+A system is a dictionary of the sweep. It is fitted to its end for each number of epochs (a schedule
+that is cut short tells nothing), an SAE for each learning rate too, at every n_atoms, k and seed of
+the sweep. A line a fit goes to PLACE/budget/results.jsonl, PLACE being the sweep's; what has its
 line is not done again. The table has, of each system and number of epochs, the learning rate with
 the lowest validation fvu_bulk, and its figures on the test rows, coded by the system's own encoder.
 Seconds are of the steps alone, and their median over learning rates, whose work is the same.
@@ -15,74 +16,83 @@ dense products do; both have Adam's 24 m d a step, and leave AuxK out.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from activations.config import validate
-from activations.store import Store
+from activations.config import read_toml, validate
 from activations.terminal import UserError, run_command
-from dictlearn.config import FitConfig
+from dictlearn.encoders.omp import OMP
+from dictlearn.fit import prepare
 from dictlearn.loop import DivergedError
+from dictlearn.registry import Solver
+from dictlearn.solvers.ksvd import KSVD
+from dictlearn.solvers.sae import SAE
+from dictlearn.solvers.sae_variants import AbsTopK, BatchTopK, TopK
+from dictlearn.solvers.untrained import Untrained
 from experiments import lines
+from experiments.compare.cell import fitted
+from experiments.compare.sweep import Cell, Dictionary, Sweep, cells
 from experiments.lines import Line
-from experiments.swap import DICTIONARIES, check, fitted, numbers
 from experiments.tune import best_of
 
-SYSTEMS = ("ksvd", "topk", "abs_topk", "batch_topk", "data_rows", "gaussian")
 FIGURES = ("fvu_bulk", "fvu", "frac_alive")
 
 
-def config_of(arguments: argparse.Namespace, place: Path, choice: dict[str, Any]) -> FitConfig:
-    """How a line's dictionary is fitted, and where to."""
-    parts = DICTIONARIES[arguments.system]
-    solver = parts["solver"] | {"n_atoms": arguments.n_atoms}
-    name = "encoder" if "encoder" in solver else "variant"
-    solver[name] = solver[name] | {"k": arguments.k}
-    if "learning_rate" in choice:
-        solver["learning_rate"] = choice["learning_rate"]
-    table = {
-        "name": "-".join(
-            map(str, (arguments.system, arguments.n_atoms, arguments.k, *choice.values()))
-        ),
-        "seed": choice["seed"],
-        "data": {"store": str(arguments.store), "hook": arguments.hook},
-        "solver": solver,
-        "fit": parts["fit"] | {"epochs": choice["epochs"]},
-    }
-    table["output"] = str(place / table["name"])
-    return validate(FitConfig, table, arguments.system)
+def choices(
+    sweep: Sweep, system: str, epochs: list[float], rates: list[float], where: str
+) -> Iterator[tuple[Line, Cell]]:
+    """What is chosen, and the cell that it makes of the sweep's."""
+    told = sweep.dictionaries[system]
+    axes = {"epochs": epochs}
+    if told.solver.get("name") == "sae":
+        axes["learning_rate"] = rates
+    for values in itertools.product(*axes.values()):
+        choice = dict(zip(axes, values, strict=True))
+        solver = told.solver | {key: choice[key] for key in choice if key != "epochs"}
+        one = Dictionary(solver, told.fit | {"epochs": choice["epochs"]}, told.data)
+        name = "-".join(map(str, (system, *values)))
+        for cell in cells(dataclasses.replace(sweep, dictionaries={name: one}), where):
+            size = {"n_atoms": cell.n_atoms, "k": cell.k, "seed": cell.seed}
+            yield {"system": system, **size, **choice}, cell
 
 
-def flops(system: str, n_atoms: int, k: int, width: int, batch_size: int) -> tuple[float, float]:
-    """Of a training row: `flops` and `flops_dense`."""
-    product, codes = 2 * n_atoms * width, 2 * k * width
-    if system == "ksvd":
-        # Correlations; each batch, the Gram matrix and the search for twins; the pursuit's m k^2;
-        # residuals and the power step.
-        of = product * (1 + 2 * n_atoms / batch_size) + n_atoms * k**2 + 4 * codes
-        return of, of
-    if system in ("data_rows", "gaussian"):
-        return 0.0, 0.0
-    adam = 2 * 12 * n_atoms * width / batch_size
-    return product + 4 * codes + adam, 6 * product + adam
+def flops(solver: Solver, width: int, batch_size: int) -> tuple[float, float]:
+    """Of a training row: `flops` and `flops_dense`. Raises UserError where there is no formula."""
+    m = solver.n_atoms
+    product = 2 * m * width
+    match solver:
+        case Untrained():
+            return 0.0, 0.0
+        case KSVD(encoder=OMP(k=int(k))):
+            # Correlations; each batch, the Gram matrix and the search for twins; the pursuit's
+            # m k^2; residuals and the power step.
+            of = product * (1 + 2 * m / batch_size) + m * k**2 + 8 * k * width
+            return of, of
+        case SAE(variant=TopK(k=k) | AbsTopK(k=k) | BatchTopK(k=k), matryoshka=None):
+            adam = 2 * 12 * m * width / batch_size
+            return product + 8 * k * width + adam, 6 * product + adam
+    raise UserError(
+        "--system: FLOPs are known of ksvd by omp, of topk, abs_topk and batch_topk SAEs, and of "
+        "untrained dictionaries"
+    )
 
 
-def measure(config: FitConfig, arguments: argparse.Namespace, sha256: str) -> Line:
+def measure(cell: Cell, sha256: str) -> Line:
     """Fit, unless that is done; figures of the test rows."""
+    config = cell.config
     try:
         run = fitted(config, sha256)
     except DivergedError as error:
         return {"failed": str(error)}
     n_rows = run.metadata["n_training_rows"]
     seen = n_rows * config.fit.epochs
-    width = run.coder.atoms.shape[1]
-    batch = config.fit.batch_size or n_rows
-    each = flops(arguments.system, arguments.n_atoms, arguments.k, width, batch)
+    each = flops(config.solver, run.coder.atoms.shape[1], config.fit.batch_size or n_rows)
     best = best_of(run.path)
     keys = ("fvu", "fvu_bulk", "fvu_interval", "fvu_bulk_interval", "frac_alive", "l0")
     return {key: run.metrics[key] for key in keys} | {
@@ -95,25 +105,24 @@ def measure(config: FitConfig, arguments: argparse.Namespace, sha256: str) -> Li
     }
 
 
-def run(arguments: argparse.Namespace) -> list[Line]:
+def run(
+    sweep: Sweep, system: str | None, epochs: list[float], rates: list[float], where: str
+) -> list[Line]:
     """Do what is not done yet; every line of the store and hook that the file has."""
-    sha256 = Store(arguments.store).manifest.sha256()
-    file = arguments.out / "results.jsonl"
-    same = {"store": sha256, "hook": arguments.hook}
-    if arguments.system:
-        axes: dict[str, list[Any]] = {
-            "seed": numbers("--seeds", arguments.seeds, least=0),
-            "epochs": _floats("--epochs", arguments.epochs),
-        }
-        if DICTIONARIES[arguments.system]["solver"]["name"] == "sae":
-            axes["learning_rate"] = _floats("--learning-rates", arguments.learning_rates)
-        for values in itertools.product(*axes.values()):
-            choice = dict(zip(axes, values, strict=True))
-            of = {"system": arguments.system, "n_atoms": arguments.n_atoms, "k": arguments.k}
-            config = config_of(arguments, arguments.out / "runs" / sha256[:8], choice)
-            own = same | of | choice | lines.settings_of(config)
+    if system is not None and system not in sweep.dictionaries:
+        raise UserError(f"--system: no {system!r} among {', '.join(sweep.dictionaries)}")
+    place = sweep.place / "budget"
+    first = cells(sweep, where)[0].config
+    sha256 = prepare(first, where).store.manifest.sha256()
+    file, same = place / "results.jsonl", {"store": sha256, "hook": sweep.data.hook}
+    if system is not None:
+        own_place = dataclasses.replace(sweep, output=place / sha256[:8])
+        tasks = list(choices(own_place, system, epochs, rates, where))
+        flops(tasks[0][1].config.solver, 1, 1)  # one that has no formula shows before any fit
+        for choice, cell in tasks:
+            own = same | choice | lines.settings_of(cell.config)
             if lines.find(own, file) is None:
-                lines.add(own | measure(config, arguments, sha256), file)
+                lines.add(own | measure(cell, sha256), file)
     return [line for line in lines.all_of(same, file) if "failed" not in line]
 
 
@@ -163,18 +172,17 @@ def _cell(own: list[Line], key: str) -> str:
 def main() -> None:
     """Entry of `python -m experiments.budget`."""
     parser = argparse.ArgumentParser(prog="python -m experiments.budget", description=__doc__)
-    parser.add_argument("--store", type=Path, required=True)
-    parser.add_argument("--hook", required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--system", help=f"{', '.join(SYSTEMS)}; none: only the table")
-    parser.add_argument("--n-atoms", type=int, default=2048)
-    parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("sweep", type=Path, help="a TOML file, e.g. experiments/swap.toml")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--system", help="a dictionary of the sweep; none: only the table")
     parser.add_argument("--epochs", default="4")
     parser.add_argument("--learning-rates", default="1e-3,3e-3,6e-3,1e-2,2e-2", help="of an SAE")
-    parser.add_argument("--seeds", default="0")
     arguments = parser.parse_args()
-    check("--system", [arguments.system] if arguments.system else [], SYSTEMS)
-    show(run(arguments))
+    where = str(arguments.sweep)
+    sweep = validate(Sweep, read_toml(arguments.sweep, arguments.set), where)
+    epochs = _floats("--epochs", arguments.epochs)
+    rates = _floats("--learning-rates", arguments.learning_rates)
+    show(run(sweep, arguments.system, epochs, rates, where))
 
 
 if __name__ == "__main__":

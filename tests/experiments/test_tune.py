@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tomli_w
 
+from activations.config import validate
 from activations.terminal import UserError
 from dictlearn import load
+from dictlearn.encoders.omp import OMP
 from dictlearn.loop import DivergedError
+from dictlearn.solvers.ksvd import KSVD
+from dictlearn.solvers.sae import SAE
+from dictlearn.solvers.sae_variants import TopK
 from evals import planted
 from evals.planted import PlantedConfig
 from experiments import budget, tune
+from experiments.compare.sweep import Sweep
+from experiments.lines import Line
 
 
 @pytest.fixture(scope="module")
@@ -92,36 +100,47 @@ def test_an_axis_of_tables() -> None:
     assert tune.axis("seed=0,1") == ["seed=0", "seed=1"]
 
 
-def asked(config: Path, out: Path, **more: Any) -> argparse.Namespace:
-    return argparse.Namespace(
-        **{
-            "store": config.parent / "store", "hook": planted.HOOK, "out": out, "system": "topk",
-            "n_atoms": 40, "k": 2, "epochs": "0.5", "learning_rates": "1e-3,1e-2", "seeds": "0",
-        } | more
-    )  # fmt: skip
+@pytest.fixture
+def sweep(config: Path, tmp_path: Path) -> Sweep:
+    """Dictionaries of the same rows, one seed."""
+    pursuit = {"name": "omp"}
+    fit = {"batch_size": 256}
+    ksvd = {"name": "ksvd", "encoder": pursuit}
+    nested = {"name": "ksvd", "encoder": {"name": "matryoshka_omp", "smallest": 8}}
+    table = {
+        "name": "budget", "output": str(tmp_path), "n_atoms": [40], "k": [2], "seeds": [0],
+        "data": {"store": str(config.parent / "store"), "hook": planted.HOOK},
+        "dictionaries": {
+            "topk": {"solver": {"name": "sae", "variant": {"name": "topk"}}, "fit": fit},
+            "ksvd": {"solver": ksvd, "fit": fit},
+            "nested": {"solver": nested, "fit": fit},
+        },
+    }  # fmt: skip
+    return validate(Sweep, table, "sweep")
+
+
+def asked(sweep: Sweep, system: str = "topk", rates: Sequence[float] = (1e-3, 1e-2)) -> list[Line]:
+    return budget.run(sweep, system, [0.5], list(rates), "sweep")
 
 
 def test_budget_keeps_systems_apart_and_fits_once(
-    config: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert len(budget.run(asked(config, tmp_path))) == 2
-    assert len(budget.run(asked(config, tmp_path, k=4, learning_rates="1e-2"))) == 3
-    found = budget.run(asked(config, tmp_path, system="ksvd"))
+    assert len(asked(sweep)) == 2
+    assert len(asked(dataclasses.replace(sweep, k=(4,)), rates=[1e-2])) == 3
+    found = asked(sweep, "ksvd")
     assert [(line["system"], line["k"]) for line in found] == [
         ("topk", 2), ("topk", 2), ("topk", 4), ("ksvd", 2),
     ]  # fmt: skip
     for line in found:
-        choice = [line[key] for key in ("seed", "epochs", "learning_rate") if key in line]
-        name = "-".join(map(str, (line["system"], 40, line["k"], *choice)))
-        run = load(tmp_path / "runs" / line["store"][:8] / name)
+        choice = [line[key] for key in ("system", "epochs", "learning_rate") if key in line]
+        name = f"{'-'.join(map(str, choice))}-m40-k{line['k']}-s0"
+        run = load(sweep.place / "budget" / line["store"][:8] / "runs" / name)
         assert line["fvu_bulk"] == run.metrics["fvu_bulk"]
     monkeypatch.setattr(budget, "fitted", no_fit)
-    assert budget.run(asked(config, tmp_path)) == found
+    assert asked(sweep) == found
     with pytest.raises(AssertionError, match="fitted again"):
-        budget.run(asked(config, tmp_path, seeds="1"))
+        asked(dataclasses.replace(sweep, seeds=(1,)))
     budget.show(found)
     rows = capsys.readouterr().out.splitlines()[1:]
     assert [row.split()[:5] for row in rows] == [
@@ -132,28 +151,45 @@ def test_budget_keeps_systems_apart_and_fits_once(
 
 
 def test_budget_goes_on_after_a_rate_that_diverges(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def diverges(*arguments: object, **settings: object) -> Path:
         raise DivergedError("step 3")
 
     monkeypatch.setattr(budget, "fitted", diverges)
-    assert budget.run(asked(config, tmp_path)) == []
-    lines = [json.loads(text) for text in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert [line["failed"] for line in lines] == ["step 3", "step 3"]
+    assert asked(sweep) == []
+    text = (sweep.place / "budget/results.jsonl").read_text()
+    assert [json.loads(line)["failed"] for line in text.splitlines()] == ["step 3", "step 3"]
 
 
 def test_flops() -> None:
     m, k, d, b = 2048, 32, 640, 4096
-    sae, dense = budget.flops("topk", m, k, d, b)
+    sae, dense = budget.flops(SAE(n_atoms=m, variant=TopK(k=k)), d, b)
     adam = 24 * m * d / b
     assert sae == 2 * m * d + 8 * k * d + adam
     assert dense == 12 * m * d + adam
     # Of a batch: correlations, Gram matrix, twins, pursuit; residual and power step of each code.
     whole = 2 * b * m * d + 4 * m * m * d + b * (m * k**2 + 8 * k * d)
-    assert budget.flops("ksvd", m, k, d, b)[0] == pytest.approx(whole / b)
+    ksvd = KSVD(n_atoms=m, encoder=OMP(k=k))
+    assert budget.flops(ksvd, d, b)[0] == pytest.approx(whole / b)
 
 
-def test_budget_rejects_what_is_no_number(config: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--epochs: expected numbers"):
-        budget.run(asked(config, tmp_path, epochs="4,x"))
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--epochs", "4,x"], "--epochs: expected numbers"),
+        (["--epochs", "0"], r"cell ksvd-0\.0-m40-k2-s0:\n  fit\.epochs"),
+        (["--system", "gaussian"], "--system: no 'gaussian' among topk, ksvd, nested"),
+        (["--system", "nested"], "--system: FLOPs are known of"),
+    ],
+)
+def test_budget_tells_mistakes_before_any_fit(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str
+) -> None:
+    table = json.loads(json.dumps(dataclasses.asdict(sweep), default=str))
+    table = {key: value for key, value in table.items() if value is not None}
+    monkeypatch.setattr(budget, "read_toml", lambda *_: table)
+    monkeypatch.setattr(budget, "fitted", no_fit)
+    monkeypatch.setattr(sys, "argv", ["budget", "sweep.toml", "--system", "ksvd", *options])
+    with pytest.raises(UserError, match=message):
+        budget.main()
