@@ -33,7 +33,7 @@ def table(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     pursuit = {"name": "omp"}
     fit = {"batch_size": 128, "epochs": 0.5}
     model = f"dir:{tiny_model_dir}"
-    biographies = {"kind": "occupations", "texts": 40}
+    biographies = {"kind": "occupations", "n": 40}
     made = {
         "name": "families", "output": str(folder / "out"), "n_atoms": [16], "k": [2],
         "seeds": [0, 1], "evals": ["core"], "encoders": [],
@@ -87,13 +87,8 @@ def test_figures_are_those_of_each_run_and_done_once(
             ]  # fmt: skip
             assert row["value"] == told[key]
             assert [row["low"], row["high"]] == told[f"{key}_interval"]
-        (one,) = [
-            figure
-            for seed, figure in results.of(
-                cell.dictionary, 16, 2, "core", "headline.ce_increase"
-            ).items()
-            if seed == cell.seed
-        ]
+        by_seed = results.of(cell.dictionary, 16, 2, "core", "headline.ce_increase")
+        one = by_seed[cell.seed]
         assert one.documents is not None
         assert one.drawn is not None
         whole = one.drawn(np.ones((1, len(one.documents))))[0]

@@ -106,7 +106,7 @@ def sweep(config: Path, tmp_path: Path) -> Sweep:
     pursuit = {"name": "omp"}
     fit = {"batch_size": 256}
     ksvd = {"name": "ksvd", "encoder": pursuit}
-    nested = {"name": "ksvd", "encoder": {"name": "matryoshka_omp", "smallest": 8}}
+    nested = {"name": "ksvd", "encoder": {"name": "matryoshka_omp", "smallest": 20}}
     table = {
         "name": "budget", "output": str(tmp_path), "n_atoms": [40], "k": [2], "seeds": [0],
         "data": {"store": str(config.parent / "store"), "hook": planted.HOOK},
