@@ -162,6 +162,7 @@ class _Behaviour:
                     {name: of[row[here]] if len(of) > 1 else of for name, of in logits.items()},
                     label[here], place[here] < ids.shape[1] - 1,
                 )  # fmt: skip
+            del logits  # before those of the next part are made
             self.owner.append(document[part][kept])
             self.owner_ce.append(document[part][:, :-1][kept[:, :-1]])
 

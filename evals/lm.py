@@ -17,7 +17,7 @@ from dictlearn.dictionary import Coder
 from dictlearn.encoders.linear import Linear, Tied
 
 # Bytes of logits that are held at once, of one forward.
-_LOGITS = 2**28
+_LOGITS = 2**26
 
 
 class Behind:
