@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -32,5 +33,10 @@ def run_command(main: Callable[[], None]) -> NoReturn:
 
 
 def progress(**options: Any) -> tqdm:
-    """A progress bar that redraws itself in a terminal, and seldom writes into a log file."""
-    return tqdm(**options, mininterval=0.2 if sys.stderr.isatty() else 15)
+    """A progress bar that redraws itself in a terminal or notebook, and seldom writes into a log.
+
+    TQDM_DISABLE=1 in the environment turns it off.
+    """
+    live = sys.stderr.isatty() or "ipykernel" in sys.modules
+    off = bool(os.environ.get("TQDM_DISABLE"))  # which tqdm overlooks in notebooks
+    return tqdm(**options, disable=off, mininterval=0.2 if live else 15)

@@ -19,6 +19,7 @@ from experiments.compare.sweep import Sweep, cells
 FOLDER = Path(experiments.__file__).parent / "notebooks"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
 HOOK = "blocks.1.hook_resid_post"
+WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def parameters(name: str, tiny_run: Path, tiny_model_dir: Path, tmp_path: Path) -> dict[str, Any]:
@@ -69,12 +70,22 @@ def compared(store: Path, place: Path) -> Sweep:
     return sweep
 
 
+def execute(book: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a notebook in a folder of its own."""
+    for variable in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR"):
+        monkeypatch.setenv(variable, str(folder / "jupyter"))
+    NotebookClient(book, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
+
+
+def outputs(book: Any) -> list[Any]:
+    return [output for cell in book.cells for output in cell.get("outputs", [])]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_notebook_runs_whole(
     name: str, tiny_run: Path, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for variable in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR"):
-        monkeypatch.setenv(variable, str(tmp_path / "jupyter"))
+    monkeypatch.setenv("TQDM_DISABLE", "1")
     book = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
     (own,) = (cell for cell in book.cells if "parameters" in cell.metadata.get("tags", []))
     given = parameters(name, tiny_run, tiny_model_dir, tmp_path)
@@ -83,7 +94,8 @@ def test_notebook_runs_whole(
     own.source = "import dictlearn\nfrom pathlib import Path, PosixPath\n" + "\n".join(
         f"{key} = {value!r}" for key, value in given.items()
     )
-    NotebookClient(book, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    execute(book, tmp_path, monkeypatch)
+    assert not [output for output in outputs(book) if WIDGET in output.get("data", {})]
     for cell in book.cells:  # what it was made to show, it shows
         if cell.cell_type == "code" and cell is not own and shows(cell.source):
             assert cell.outputs, cell.source
@@ -101,9 +113,28 @@ def test_notebook_is_shipped_with_its_outputs(name: str) -> None:
     nbformat.validate(book)
     code = [cell for cell in book.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
-    outputs = [output for cell in code for output in cell.outputs]
-    assert outputs
-    assert not [output for output in outputs if output.output_type in ("error", "stream")
-                and output.get("name") != "stdout"]  # fmt: skip
+    assert outputs(book)
+    for output in outputs(book):
+        assert output.output_type != "error"
+        assert output.get("name") != "stderr"
+        assert WIDGET not in output.get("data", {})  # it would show nothing without its kernel
     text = (FOLDER / f"{name}.ipynb").read_text()
     assert not re.search(r"/(home|root|work|tmp|Users)/", text)
+
+
+@pytest.mark.parametrize("off", ["", "1"])
+def test_a_progress_bar_shows_itself_unless_it_is_turned_off(
+    off: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TQDM_DISABLE", off)
+    source = """
+from activations.terminal import progress
+with progress(total=2, desc="a bar") as bar:
+    print(bar.disable or bar.mininterval)
+    bar.update(2)"""
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+    execute(book, tmp_path, monkeypatch)
+    shown = [output for output in outputs(book) if "a bar" in str(output)]
+    assert bool(shown) == (not off)
+    (printed,) = (output.text.strip() for output in outputs(book) if "text" in output)
+    assert printed == ("True" if off else "0.2")
