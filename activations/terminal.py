@@ -38,5 +38,7 @@ def progress(**options: Any) -> tqdm:
     TQDM_DISABLE=1 in the environment turns it off.
     """
     live = sys.stderr.isatty() or "ipykernel" in sys.modules
-    off = bool(os.environ.get("TQDM_DISABLE"))  # which tqdm overlooks in notebooks
-    return tqdm(**options, disable=off, mininterval=0.2 if live else 15)
+    options["mininterval"] = 0.2 if live else 15
+    if os.environ.get("TQDM_DISABLE"):  # which tqdm overlooks in notebooks
+        options["disable"] = True
+    return tqdm(**options)
