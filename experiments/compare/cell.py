@@ -50,13 +50,18 @@ def identity(sweep: Sweep, cell: Cell) -> dict[str, Any]:
     told = {
         "store": Store(cell.config.data.store).manifest.sha256(),
         "n_atoms": cell.n_atoms,
-        "k": cell.k,
+        "k": _k_of(sweep, cell),
         "encoders": list(sweep.encoders),
         "evals": settings,
     }
     if "distilled" in sweep.encoders:
         told["distilled"] = DISTILLED
     return json.loads(json.dumps(told | lines.settings_of(cell.config), default=str))
+
+
+def _k_of(sweep: Sweep, cell: Cell) -> int | None:
+    """At most so many codes a row by other encoders: the cell's k, or the only one of the sweep."""
+    return sweep.k[0] if cell.k is None and len(sweep.k) == 1 else cell.k
 
 
 def files(sweep: Sweep, cell: Cell) -> tuple[Path, Path]:
@@ -160,9 +165,10 @@ def _coded(
     job = job_of(run)
     rows: list[dict[str, Any]] = []
     sums: dict[str, np.ndarray] = {"document": job.parts["test"].documents}
-    others = () if cell.k is None else sweep.encoders
+    k = _k_of(sweep, cell)
+    others = () if k is None else sweep.encoders
     for name in dict.fromkeys(("own", *others)):
-        encoder = encoder_of(name, run, cell.k or 1)
+        encoder = encoder_of(name, run, k or 1)
         coder = eqx.tree_at(lambda coder: coder.encoder, run.coder, encoder)
         seen = heldout.evaluate(coder, job.parts["test"], job.bulk)
         figures = heldout.figures(coder, seen, seed=cell.seed) | {"seconds": run.metrics["seconds"]}

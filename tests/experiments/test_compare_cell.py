@@ -17,7 +17,7 @@ from evals import planted
 from evals.planted import PlantedConfig
 from experiments.compare import cell as cell_module
 from experiments.compare.cell import DISTILLED, done, encoder_of, files, fitted, identity, measure
-from experiments.compare.sweep import Cell, Sweep, cells
+from experiments.compare.sweep import Cell, Dictionary, Sweep, cells
 
 
 @pytest.fixture(scope="module")
@@ -150,3 +150,21 @@ def test_a_distilled_encoder_is_fitted_once_and_found_again(
     assert not done(sweep, only(sweep))
     with pytest.raises(AssertionError, match="fitted again"):
         encoder_of("distilled", run, 2)
+
+
+def test_a_dictionary_without_k_is_coded_at_the_sweeps_only_one(sweep: Sweep) -> None:
+    snmf = Dictionary({"name": "snmf"}, {"epochs": 5}, {"centre": False})
+    few = dataclasses.replace(
+        sweep,
+        n_atoms=(8,),
+        dictionaries={"snmf": snmf},
+        encoders=("omp",),
+        output=sweep.place / "n",
+    )
+    measure(few, only(few))
+    rows = json.loads(files(few, only(few))[0].read_text())["rows"]
+    l0 = {row["encoder"]: row["value"] for row in rows if row["figure"] == "l0"}
+    assert l0["omp"] == pytest.approx(2, rel=0.01)
+    both = dataclasses.replace(few, k=(2, 3))
+    assert only(both).k is None
+    assert not done(both, only(both))  # at which of the two?
