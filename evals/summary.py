@@ -8,6 +8,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+# Of the figures that are null for one reason.
+_NAMED = 3
+
 
 def show(found: dict[str, dict[str, Any]]) -> None:
     """The headline of every family."""
@@ -33,10 +36,19 @@ def show(found: dict[str, dict[str, Any]]) -> None:
             console.print()
             console.print(table)
         told = envelope["eval_result_unstructured"]
-        for why in dict.fromkeys(told.get("null", {}).values()):
-            console.print(f"\n{name}, null: {why}", markup=False)
+        for why, keys in _reasons(told.get("null", {})).items():
+            more = f" and {len(keys) - _NAMED} others" if len(keys) > _NAMED else ""
+            console.print(f"\n{name}: {', '.join(keys[:_NAMED])}{more} null: {why}", markup=False)
         if caveat := told.get("caveat"):
             console.print(f"\n{name}: {caveat}")
+
+
+def _reasons(null: dict[str, str]) -> dict[str, list[str]]:
+    """Why figures are null, and which."""
+    found: dict[str, list[str]] = {}
+    for key, why in null.items():
+        found.setdefault(why, []).append(key)
+    return found
 
 
 def _table(*titles: str) -> Table:

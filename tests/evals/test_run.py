@@ -268,4 +268,5 @@ def test_categories_with_the_same_figures_stand_side_by_side(
     assert ["steering", "score", "effect"] in lines  # what is null for all has no column
     assert ["feature", "0.25", "(0.15", "to", "0.35)", "0.5"] in lines
     assert ["pca", "null", "0.5"] in lines
-    assert lines.count(["steering,", "null:", "it", "[knows]", "nothing"]) == 1
+    told = ["steering:", "pca.score,", "pca.judge_score", "null:", "it", "[knows]", "nothing"]
+    assert lines.count(told) == 1
