@@ -203,16 +203,28 @@ FAMILIES = {
 ALWAYS = ("core", "absorption", "scr")
 
 
+def configured(config: EvalConfig, name: str, hook: str, where: str, prefix: str = "") -> Any:
+    """A family's settings at a hook, as a config has them.
+
+    Arguments:
+      where, prefix: what a message begins with, and the key under which the config stands there.
+
+    Raises:
+      UserError: a setting is unknown or out of range.
+    """
+    table = getattr(config, name)
+    if "hook" in table:
+        raise UserError(f"{prefix}{name}.hook: unknown key; the hook stands at the top")
+    return validate(FAMILIES[name].config, table | {"hook": hook}, where, f"{prefix}{name}.")
+
+
 def settings_of(subject: Subject, name: str, *, quick: bool) -> Any:
     """A family's settings; files of labelled texts with their hash.
 
     Raises:
       UserError: a setting is unknown or out of range; a file is missing.
     """
-    table = getattr(subject.config, name)
-    if "hook" in table:
-        raise UserError(f"{name}.hook: unknown key; the hook stands at the top")
-    cfg = validate(FAMILIES[name].config, table | {"hook": subject.hook}, "evals", f"{name}.")
+    cfg = configured(subject.config, name, subject.hook, "evals")
     if sets := getattr(cfg, "sets", ()):
         cfg = dataclasses.replace(cfg, sets=tuple(one.pinned() for one in sets))
     if one := getattr(cfg, "set", None):

@@ -13,7 +13,7 @@ from pydantic import Field
 from activations.config import validate
 from activations.terminal import UserError
 from dictlearn.config import DataConfig, FitConfig
-from evals.run import FAMILIES, EvalConfig
+from evals.run import FAMILIES, EvalConfig, configured
 
 EncoderName = Literal["own", "omp", "nn_omp", "tied", "distilled"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -117,9 +117,8 @@ def cells(sweep: Sweep, where: str) -> list[Cell]:
         wrong.
     """
     for family in sweep.evals:
-        hook = {"hook": sweep.settings.hook or sweep.data.hook}
-        told = getattr(sweep.settings, family)
-        validate(FAMILIES[family].config, told | hook, where, f"settings.{family}.")
+        hook = sweep.settings.hook or sweep.data.hook
+        configured(sweep.settings, family, hook, where, "settings.")
     found = []
     grid = itertools.product(sweep.seeds, sweep.n_atoms, sweep.k, sweep.dictionaries)
     for seed, n_atoms, k, dictionary in grid:

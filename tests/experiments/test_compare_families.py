@@ -162,3 +162,6 @@ def test_a_familys_settings_are_checked_before_any_fit(table: dict[str, Any]) ->
     wrong = table | {"settings": {"core": {"tokens": 0}}}
     with pytest.raises(UserError, match=r"settings\.core\.tokens"):
         cells(validate(Sweep, wrong, "sweep"), "sweep")
+    hook = table | {"settings": {"core": {"hook": "blocks.0.hook_resid_post"}}}
+    with pytest.raises(UserError, match=r"settings\.core\.hook: unknown key"):
+        cells(validate(Sweep, hook, "sweep"), "sweep")
