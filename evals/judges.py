@@ -335,26 +335,31 @@ class LocalModel:
 
 @torch.inference_mode()
 def _generate(model: models.Model, prompt: str, max_tokens: int) -> Answer:
-    tokenizer = model.tokenizer
-    end = tokenizer.eos_token_id
+    tokenizer, ends = model.tokenizer, _ends(model)
     if tokenizer.chat_template:
         chat = [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     else:
-        start = [i for i in (tokenizer.bos_token_id, end) if i is not None][:1]
+        start = [i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None][:1]
         ids = start + tokenizer(prompt, add_special_tokens=False)["input_ids"]
     if len(ids) + max_tokens > model.bridge.cfg.n_ctx:
         return "", "too long"
     made = model.bridge.generate(
         torch.tensor([ids], device=model.bridge.cfg.device), max_new_tokens=max_tokens,
-        do_sample=False, stop_at_eos=end is not None, eos_token_id=end,
+        do_sample=False, stop_at_eos=bool(ends), eos_token_id=ends,
         use_past_kv_cache=True, return_type="tokens", verbose=False,
     )[0, len(ids) :].tolist()  # fmt: skip
-    ended = end in made
-    if ended:
-        made = made[: made.index(end)]
-    return tokenizer.decode(made, skip_special_tokens=True), "answered" if ended else "cut"
+    end = next((i for i, token in enumerate(made) if token in ends), None)
+    answer = tokenizer.decode(made[:end], skip_special_tokens=True)
+    return answer, "cut" if end is None else "answered"
+
+
+def _ends(model: models.Model) -> list[int]:
+    """Tokens that end an answer: a chat model's turn mostly ends by another one than EOS."""
+    told = model.bridge.original_model.generation_config.eos_token_id
+    every = [model.tokenizer.eos_token_id, *(told if isinstance(told, list) else [told])]
+    return [i for i in dict.fromkeys(every) if i is not None]
 
 
 JudgeConfig = Annotated[Endpoint | LocalModel, Field(discriminator="kind")]

@@ -468,3 +468,16 @@ def test_a_chat_template_is_used(chatty_model_dir: Path) -> None:
     judge = LocalModel("model", f"dir:{chatty_model_dir}").open()
     (answer,) = judge.ask(["The fox"], max_tokens=8)
     assert answer == greedily(chatty_model_dir, "[user] The fox dog:", 8, bos=False)
+
+
+def test_an_answer_ends_where_the_models_turn_does(chatty_model_dir: Path, tmp_path: Path) -> None:
+    place = tmp_path / "ending"
+    shutil.copytree(chatty_model_dir, place)
+    tokenizer = models.load_tokenizer(f"dir:{place}")
+    made = greedily(place, "[user] The fox dog:", 8, bos=False)
+    ids = tokenizer(made, add_special_tokens=False)["input_ids"]
+    told = {"eos_token_id": [tokenizer.eos_token_id, ids[3]]}
+    (place / "generation_config.json").write_text(json.dumps(told))
+    judge = LocalModel("model", f"dir:{place}").open()
+    assert judge.ask(["The fox"], max_tokens=8) == [tokenizer.decode(ids[: ids.index(ids[3])])]
+    assert judge.states == {"answered": 1}
