@@ -45,6 +45,7 @@ from evals.steering.scores import OWN, Marked, Text, summary
 from evals.texts import Labelled, Occupations
 
 HOOK, D, M = "blocks.1.hook_resid_post", 16, 24
+NEURONS = "blocks.1.mlp.hook_post"
 
 
 @pytest.fixture(scope="module")
@@ -59,31 +60,31 @@ def token(model: Model) -> np.ndarray:
     return ids
 
 
-def sae(seed: int = 0) -> Coder:
+def sae(seed: int = 0, d: int = D) -> Coder:
     """Signed codes, off centre and not of unit scale or norm."""
     rng = np.random.default_rng(seed)
-    atoms, weight = (rng.standard_normal((M, D)).astype(np.float32) / 4 for _ in range(2))
-    mean = jnp.asarray(rng.standard_normal(D).astype(np.float32) / 10)
+    atoms, weight = (rng.standard_normal((M, d)).astype(np.float32) / 4 for _ in range(2))
+    mean = jnp.asarray(rng.standard_normal(d).astype(np.float32) / 10)
     return Coder(
-        Normaliser(mean, jnp.asarray(1.5)), Dictionary(jnp.asarray(atoms), jnp.zeros(D)),
+        Normaliser(mean, jnp.asarray(1.5)), Dictionary(jnp.asarray(atoms), jnp.zeros(d)),
         Linear(jnp.asarray(weight), jnp.zeros(M), AbsTopK(4)),
     )  # fmt: skip
 
 
-def seen(model: Model, token: np.ndarray) -> np.ndarray:
+def seen(model: Model, token: np.ndarray, hook: str = HOOK) -> np.ndarray:
     """What the hook sees, and what is put there by those before."""
     found: dict[str, torch.Tensor] = {}
     with torch.inference_mode():
-        hooks = [(HOOK, lambda x, hook: found.update(x=x.clone()))]
+        hooks = [(hook, lambda x, hook: found.update(x=x.clone()))]
         with model.bridge.hooks(fwd_hooks=hooks):
             model.bridge(torch.from_numpy(token), return_type="logits", use_cache=False)
     return found["x"].numpy()
 
 
-def put(model: Model, token: np.ndarray, x: np.ndarray) -> np.ndarray:
+def put(model: Model, token: np.ndarray, x: np.ndarray, hook: str = HOOK) -> np.ndarray:
     """Logits with x at the hook."""
     new = torch.from_numpy(x.astype(np.float32))
-    with torch.inference_mode(), model.bridge.hooks(fwd_hooks=[(HOOK, lambda seen, hook: new)]):
+    with torch.inference_mode(), model.bridge.hooks(fwd_hooks=[(hook, lambda seen, hook: new)]):
         return model.bridge(torch.from_numpy(token), return_type="logits", use_cache=False).numpy()
 
 
@@ -98,17 +99,18 @@ def unit(coder: Coder, feature: int) -> tuple[np.ndarray, float]:
     return raw / np.linalg.norm(raw), float(np.linalg.norm(raw))
 
 
+@pytest.mark.parametrize("hook", [HOOK, NEURONS])
 @pytest.mark.parametrize("strength", [0.7, np.array([0.0, 1.0, -2.0, 3.0])])
 def test_adding_goes_along_the_atom_behind_the_first_position(
-    model: Model, token: np.ndarray, strength: Any
+    model: Model, token: np.ndarray, strength: Any, hook: str
 ) -> None:
-    coder = sae()
+    x = seen(model, token, hook)
+    coder = sae(d=x.shape[-1])
     before = logits(model, token)
-    with steer(model, coder, 5, strength, hook=HOOK):
+    with steer(model, coder, 5, strength, hook=hook):
         found = logits(model, token)
-    x = seen(model, token)
     x[:, 1:] += np.broadcast_to(strength, 4)[:, None, None] * unit(coder, 5)[0]
-    np.testing.assert_allclose(found, put(model, token, x), atol=1e-5)
+    np.testing.assert_allclose(found, put(model, token, x, hook), atol=1e-5)
     assert np.abs(found - before)[1:].max() > 1e-3
     np.testing.assert_array_equal(logits(model, token), before)  # nothing stays behind
 
@@ -182,27 +184,31 @@ def test_a_zero_atom_points_nowhere(model: Model) -> None:
 # Matched KL.
 
 
-def kl_of(model: Model, token: np.ndarray, x: np.ndarray) -> float:
+def kl_of(model: Model, token: np.ndarray, x: np.ndarray, hook: str) -> float:
     p, q = (
         torch.from_numpy(of[:, -1]).double().log_softmax(-1).numpy()
-        for of in (logits(model, token), put(model, token, x))
+        for of in (logits(model, token), put(model, token, x, hook))
     )
     return float((np.exp(p) * (p - q)).sum(-1).mean())
 
 
-def test_strengths_have_the_kl_that_was_asked_for(model: Model, token: np.ndarray) -> None:
-    direction = unit(sae(), 7)[0]
+@pytest.mark.parametrize("hook", [HOOK, NEURONS])
+def test_strengths_have_the_kl_that_was_asked_for(
+    model: Model, token: np.ndarray, hook: str
+) -> None:
+    untouched = seen(model, token, hook)
+    direction = unit(sae(d=untouched.shape[-1]), 7)[0]
     goals = np.array([1e-5, 1e-4, 1e-3])
-    strength, kl = Contexts(model, HOOK, token).matched(direction, goals)
+    strength, kl = Contexts(model, hook, token).matched(direction, goals)
     np.testing.assert_allclose(kl, goals, rtol=0.02)
     for own, goal in zip(strength, goals, strict=True):
-        x = seen(model, token)
+        x = untouched.copy()
         x[:, 1:] += own * direction
-        assert kl_of(model, token, x) == pytest.approx(goal, rel=0.03)
+        assert kl_of(model, token, x, hook) == pytest.approx(goal, rel=0.03)
         for less in own * np.linspace(0.05, 0.9, 8):  # the smallest one
-            x = seen(model, token)
+            x = untouched.copy()
             x[:, 1:] += less * direction
-            assert kl_of(model, token, x) < goal
+            assert kl_of(model, token, x, hook) < goal
 
 
 def test_out_of_reach_and_broken_strengths_are_nan(model: Model, token: np.ndarray) -> None:
