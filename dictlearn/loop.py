@@ -11,7 +11,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -121,7 +121,7 @@ def train(
         mark = Mark.load(checkpoint, mark, job.identity)
     normaliser = devices.everywhere(job.normaliser, mesh)
     state = devices.everywhere(mark.state, mesh)
-    batches = _batches(job, mark)
+    batches = _batches(job, mark, lambda rows: _normalised(normaliser, rows, mesh))
     every = config.fit.evaluate_steps or n_steps(len(job.train), size)
     saved = started = time.monotonic()
     before, saved_step = mark.seconds, mark.step
@@ -143,7 +143,8 @@ def train(
                 if mark.stale == config.fit.patience:
                     break
                 begun = time.monotonic()
-                batch = _normalised(normaliser, next(batches), mesh)
+                rows = next(batches)
+                batch = rows if isinstance(rows, Batch) else _normalised(normaliser, rows, mesh)
                 state, info = solver.step(state, batch, key=jax.random.fold_in(step_key, step))
                 state = devices.everywhere(state, mesh)
                 line = {name: value.item() for name, value in vars(info).items()}
@@ -220,23 +221,25 @@ def begin(job: Job, where: str) -> Mark:
 class _SameRows:
     """All rows in every batch, in one order: for solvers whose state belongs to them."""
 
-    def __init__(self, rows: Rows, state: State) -> None:
-        self._x, self.state = rows.whole(), state
+    def __init__(self, batch: Batch, state: State) -> None:
+        self._batch, self.state = batch, state
 
-    def __next__(self) -> np.ndarray:
-        self.state = {"rows": self.state["rows"] + len(self._x)}
-        return self._x
+    def __next__(self) -> Batch:
+        self.state = {"rows": self.state["rows"] + len(self._batch.x)}
+        return self._batch
 
     def close(self) -> None:
         """Give the memory back."""
-        del self._x
+        del self._batch
 
 
-def _batches(job: Job, mark: Mark) -> Batches | _SameRows:
-    """What the solver needs, from where the mark stands."""
+def _batches(
+    job: Job, mark: Mark, normalised: Callable[[np.ndarray], Batch]
+) -> Batches | _SameRows:
+    """What the solver needs, from where the mark stands; all rows are normalised once for all."""
     needs = job.config.solver.needs
     if "all rows" in needs:
-        return _SameRows(job.train, mark.rows)
+        return _SameRows(normalised(job.train.whole()), mark.rows)
     return job.train.batches(
         job.batch_size, seed=job.config.seed, gradients="gradient" in needs, state=mark.rows
     )
